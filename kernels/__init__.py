@@ -1,0 +1,1 @@
+"""Triton kernels that register against the operations of `sdcore.ops`."""

@@ -1,0 +1,3 @@
+"""sdcore: Stable Diffusion from scratch in PyTorch."""
+
+__version__ = "0.1.0"
