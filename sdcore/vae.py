@@ -92,10 +92,9 @@ class Attention(nn.Module):
         self.to_out = nn.Sequential(nn.Linear(c, c))
 
     def forward(self, x: Tensor) -> Tensor:
-        h, w = x.shape[-2:]
         tokens = rearrange(self.group_norm(x), "b c h w -> b (h w) c")
         tokens = self.to_out(ops.attention(self.to_q(tokens), self.to_k(tokens), self.to_v(tokens), heads=1))
-        return rearrange(tokens, "b (h w) c -> b c h w", h=h, w=w) + x
+        return rearrange(tokens, "b s c -> b c s").reshape(x.shape) + x
 
 
 class Downsample(nn.Module):
