@@ -1,7 +1,7 @@
 """Small random models of every official family, in the folder layout of the released ones.
 
-`write_folder(path, "sdxl", seed=0)` builds each part with the peers' own classes (diffusers, transformers), shakes every
-parameter so that no bias is zero and no norm scale is one (a swapped or forgotten one must show), and writes
+`write_folder(path, "sdxl", seed=0)` builds each part with the peers' own classes (diffusers, transformers), shakes
+every parameter so that no bias is zero and no norm scale is one (a swapped or forgotten one must show), and writes
 `model_index.json`, `unet/`, `vae/`, `text_encoder/`, `tokenizer/`, `scheduler/` (and `_2` for the XL kin) as a released
 repository has them. diffusers' own pipeline of the family loads the folder. What a family is known by is kept (block
 pattern, heads, prediction type, conditioning, pad token, scheduler); widths, depths, vocabulary and prompt length are
@@ -53,7 +53,7 @@ BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_line
 def write_folder(
     path: str | Path, family: str = "sd1", seed: int = 0, sample_size: int = 8, positions: int = POSITIONS
 ) -> Path:
-    """Write a random model of `family` to `path` and return it. `sample_size` is the latent side: 8 draws 64 x 64 pixels."""
+    """Write a random model of `family` to `path`, return it. `sample_size`: latent side, 8 draws 64 x 64 pixels."""
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     vocab, merges = vocabulary()
