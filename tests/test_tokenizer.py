@@ -7,11 +7,12 @@ import time
 from pathlib import Path
 
 import pytest
-import tiny_models
 import torch
 
 from sdcore.errors import CheckpointError, PromptError
 from sdcore.tokenizer import Tokenizer, clean, clip_vocabulary
+
+from tests import tiny_models
 
 CLIP_MERGES = Path(__file__).parents[2] / "shared" / "data" / "clip_bpe_merges.txt.gz"
 
@@ -174,6 +175,13 @@ def damage(name, text):
     return lambda folder: (folder / name).write_text(text, encoding="utf-8")
 
 
+def gpt2(folder):
+    """Another model's byte-pair file: valid, but its words have no end mark, so every id would be wrong."""
+    (folder / "vocab.json").unlink()
+    model = {"type": "BPE", "vocab": {"<|startoftext|>": 0, "<|endoftext|>": 1, "!": 2}, "merges": []}
+    (folder / "tokenizer.json").write_text(json.dumps({"model": model}))
+
+
 @pytest.mark.parametrize("harm, says", [
     (lambda folder: (folder / "merges.txt").unlink(), "merges.txt"),
     (lambda folder: (folder / "vocab.json").unlink(), "vocab.json"),
@@ -188,6 +196,7 @@ def damage(name, text):
     (damage("tokenizer_config.json", '{"model_max_length": 1e30}'), "model_max_length"),
     (damage("tokenizer_config.json", '{"model_max_length": 2}'), "model_max_length"),
     (damage("special_tokens_map.json", '{"pad_token": "<pad>"}'), "'<pad>'"),
+    (gpt2, "words end in '</w>'"),
     (lambda folder: (folder / "vocab.json").write_bytes(b"\xff\xfe{}"), "UTF-8"),
 ])  # fmt: skip
 def test_damaged_folder(tmp_path, harm, says):
