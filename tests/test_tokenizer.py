@@ -11,7 +11,6 @@ import torch
 
 from sdcore.errors import CheckpointError, PromptError
 from sdcore.tokenizer import Tokenizer, clean, clip_vocabulary
-
 from tests import tiny_models
 
 CLIP_MERGES = Path(__file__).parents[2] / "shared" / "data" / "clip_bpe_merges.txt.gz"
