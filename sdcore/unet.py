@@ -326,7 +326,8 @@ class Up(nn.Module):
         kept = [c] * config.layers + [channels[max(level - 1, 0)]]
         self.resnets = nn.ModuleList(Resnet((below if i == 0 else c) + kept[i], c, config) for i in range(n))
         self.attentions = nn.ModuleList(
-            Transformer(c, config.heads[level], depth, config.cross_only[level], config) for _ in range(n if depth else 0)
+            Transformer(c, config.heads[level], depth, config.cross_only[level], config)
+            for _ in range(n if depth else 0)
         )
         if level > 0:
             self.upsamplers = nn.ModuleList([Upsample(c)])
