@@ -72,6 +72,12 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> ConfigError:
     return ConfigError(f"unknown {kind} {name!r}: {hint}")
 
 
+def check_choice(kind: str, name: object, known: Sequence[str]) -> None:
+    """Raises ConfigError when `name` is not one of `known`."""
+    if name not in known:
+        raise unknown(kind, name, known)
+
+
 def check_config(config: SchedulerConfig) -> None:
     """Raises ConfigError when a field of `config` is outside its range."""
     if config.prediction_type not in PREDICTIONS:
