@@ -1,0 +1,48 @@
+# Two commands for a fresh machine: `make demo` draws a picture, `make test` proves the rest. Both set up .venv first.
+
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo test check gpu lint train clean
+
+demo: .venv/.run
+	$(BIN)/sdcore generate "a small red circle left of a large blue square" --seed 7 --out demo.png
+
+# What CI runs: style, types, and every test that is not a long proof.
+test: .venv/.test lint
+	$(BIN)/python -m pytest --timeout 900
+
+lint: .venv/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# The long proofs: full-size files, many mutants, the bundled model's targets. Their reports go to docs/reports/.
+check: .venv/.test
+	$(BIN)/python -m pytest --check -m check --timeout 7200 -s
+
+# On a machine with an NVIDIA GPU.
+gpu: .venv/.test
+	$(BIN)/python -m pytest tests/test_gpu.py -rs
+
+# The bundled model, from nothing: about two hours on two cores. Interrupt it as you like, the same command goes on.
+train: .venv/.run
+	$(BIN)/sdcore train vae --resume --out runs/vae
+	$(BIN)/sdcore train text2image --resume --vae runs/vae --out runs/text2image
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/.run: .venv/bin/python pyproject.toml constraints.txt
+	$(PIP) --editable .
+	touch $@
+
+# k-diffusion is a reference for samplers; what it asks for to train classifiers is not needed.
+.venv/.test: .venv/.run
+	$(PIP) --editable '.[test]'
+	$(PIP) --no-deps k-diffusion
+	touch $@
+
+clean:
+	rm -rf .venv build *.egg-info
