@@ -7,8 +7,6 @@ ever becomes an import, a class or a path: where a file names a class, the name 
 """
 
 import json
-import math
-from dataclasses import replace
 from pathlib import Path
 
 from sdcore.clip import CLIPTextConfig, CLIPVisionConfig
@@ -59,11 +57,10 @@ SCHEDULER_FIXED = {
     "sigma_max": None, "timestep_type": "discrete", "final_sigmas_type": "zero", "solver_order": 2, "solver_p": None,
     "predict_x0": True, "lower_order_final": True, "euler_at_final": False, "use_dynamic_shifting": False, "shift_terminal": None,
 }  # fmt: skip
-SCHEDULER_IRRELEVANT = {  # of options that are off, or (clip_sample) that every pipeline of ours turns off, as diffusers' do
+SCHEDULER_IRRELEVANT = {  # of options that are off, or (clip_sample) that pipelines of latents turn off, as diffusers' do
     "clip_sample", "clip_sample_range", "sample_max_value", "dynamic_thresholding_ratio", "flow_shift", "time_shift_type",
-    "lambda_min_clipped", "variance_type", "solver_type", "disable_corrector", "noise_sampler_seed", "skip_prk_steps",
-    "interpolation_type", "trained_betas",
-} - set(SCHEDULER_FIXED)  # fmt: skip
+    "lambda_min_clipped", "variance_type", "solver_type", "disable_corrector", "noise_sampler_seed",
+}  # fmt: skip
 
 
 def read_json(path: Path) -> dict:
@@ -412,7 +409,7 @@ def scheduler_config(values: dict, where: str | Path = "scheduler_config.json") 
         timestep_scaling=table.number("timestep_scaling", 10.0, 1e-6, 1e6),
     )
     table.close(SCHEDULER_FIXED, SCHEDULER_IRRELEVANT)
-    return replace(config, ays="sdxl") if config.spacing in ("leading", "trailing") and sampler.startswith("euler") else config
+    return config
 
 
 def scheduler_table(config: SchedulerConfig) -> dict:

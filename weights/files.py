@@ -234,21 +234,29 @@ def one_line(value: object) -> str:
 # ---------------------------------------------------------------- writing
 
 
-def write(path: str | os.PathLike, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """A safetensors file, complete or not at all: an existing file stays as it was until the new one is on the disk."""
-    names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))  # wide first: every tensor is aligned
+def write(
+    path: str | os.PathLike,
+    tensors: dict[str, Tensor],
+    metadata: dict[str, str] | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """A safetensors file, complete or not at all: an existing file stays as it was until the new one is on the disk.
+
+    With `dtype`, floating-point tensors are written in it, one at a time. CheckpointError when the disk is full or the like.
+    """
+    kinds = {name: dtype if dtype and t.is_floating_point() else t.dtype for name, t in tensors.items()}
+    names = sorted(tensors, key=lambda name: (-kinds[name].itemsize, name))  # wide first: every tensor is aligned
     header: dict[str, object] = {"__metadata__": metadata} if metadata else {}
     end = 0
     for name in names:
-        tensor = tensors[name]
-        begin, end = end, end + tensor.numel() * tensor.dtype.itemsize
-        header[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+        begin, end = end, end + tensors[name].numel() * kinds[name].itemsize
+        header[name] = {"dtype": DTYPE_NAMES[kinds[name]], "shape": list(tensors[name].shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with replacing(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in names:
-            raw = tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            raw = tensors[name].detach().to("cpu", kinds[name]).contiguous().reshape(-1).view(torch.uint8)
             file.write(memoryview(raw.numpy()))
 
 

@@ -152,7 +152,7 @@ def clip_to_open(tensors: Tensors, layers: int) -> Tensors:
         for kind in ("weight", "bias"):
             three = [tensors.pop(f"text_model.encoder.layers.{i}.self_attn.{name}.{kind}") for name in QKV]
             packed[f"transformer.resblocks.{i}.attn.in_proj_{kind}"] = torch.cat(three)
-    return rename(tensors, open_clip_modules(layers)) | packed
+    return join(rename(tensors, open_clip_modules(layers)), packed)
 
 
 def clip_from_open(tensors: Tensors, layers: int) -> Tensors:
@@ -168,7 +168,7 @@ def clip_from_open(tensors: Tensors, layers: int) -> Tensors:
             if three is not None and three.shape[0] % 3 == 0:
                 names = [f"text_model.encoder.layers.{i}.self_attn.{name}.{kind}" for name in QKV]
                 unpacked |= dict(zip(names, three.chunk(3), strict=True))
-    return rename(tensors, swap(open_clip_modules(layers))) | unpacked
+    return join(rename(tensors, swap(open_clip_modules(layers))), unpacked)
 
 
 def clip_spelling(tensors: Tensors) -> Tensors:
@@ -184,11 +184,17 @@ def rename(tensors: Tensors, modules: Modules) -> Tensors:
     """Every tensor under the name that its module has in the other spelling; CheckpointError when two would share one."""
     renamed: Tensors = {}
     for name, tensor in tensors.items():
-        new = follow(name, modules)
-        if new in renamed:
-            raise CheckpointError(f"tensor {name}: the file has it twice, in two spellings ({new}); the file was merged wrongly")
-        renamed[new] = tensor
+        renamed = join(renamed, {follow(name, modules): tensor})
     return renamed
+
+
+def join(one: Tensors, other: Tensors) -> Tensors:
+    """`one` with the tensors of `other` added to it; CheckpointError when they share a name."""
+    for name in other:
+        if name in one:
+            raise CheckpointError(f"tensor {name}: the file has it twice, in two spellings; it was merged wrongly")
+    one.update(other)
+    return one
 
 
 def follow(name: str, modules: Modules) -> str:

@@ -1,0 +1,77 @@
+"""From tensors to a module, without a copy: built on the meta device, compared name by name, then given the tensors.
+
+On the meta device a parameter has a shape and no memory, so a module of any size is built at once and its state dict says what
+the file must hold. `fill` ends in `load_state_dict(strict=True, assign=True)`, but the comparison before it gives the messages.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from sdcore.clip import CLIPText
+from sdcore.errors import CheckpointError, NonFiniteError
+from sdcore.unet import UNet
+from sdcore.vae import VAE
+
+Tensors = dict[str, Tensor]
+MODULES = {"unet": UNet, "vae": VAE, "text_encoder": CLIPText, "text_encoder_2": CLIPText}
+
+
+class NonFiniteWeights(CheckpointError, NonFiniteError):
+    """A weight is NaN or infinite."""
+
+
+def fill(part: str, config, tensors: Tensors, where: Path, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """The part's module in evaluation mode, its parameters being `tensors` (themselves, where device and dtype agree)."""
+    model = skeleton(part, config)
+    check_names(part, model.state_dict(), tensors, where)
+    check_values(part, tensors, where)
+    model.load_state_dict({name: tensor.to(device, dtype) for name, tensor in tensors.items()}, strict=True, assign=True)
+    return model.eval().requires_grad_(False)
+
+
+def skeleton(part: str, config) -> nn.Module:
+    with torch.device("meta"):
+        return MODULES[part](config)
+
+
+def check_names(part: str, wanted: Tensors, found: Tensors, where: Path) -> None:
+    """Exactly the module's tensors, each in its shape, all of them floating-point. CheckpointError."""
+    missing, extra = sorted(set(wanted) - set(found)), sorted(set(found) - set(wanted))
+    if missing:
+        raise CheckpointError(f"{where}: {part} lacks {listed(missing)}; download it again, or it is another model")
+    if extra:
+        raise CheckpointError(f"{where}: {part} has no place for {listed(extra)}; it is another model than its config says")
+    for name, tensor in found.items():
+        if tensor.shape != wanted[name].shape:
+            raise CheckpointError(
+                f"{where}: {part} tensor {name} has shape {list(tensor.shape)}, expected {list(wanted[name].shape)}"
+                f"{hint(name, tensor)}"
+            )
+        if not tensor.is_floating_point():
+            raise CheckpointError(f"{where}: {part} tensor {name} is {tensor.dtype}, expected floating-point numbers")
+
+
+INPUTS = {
+    4: "a text-to-image UNet", 5: "a depth UNet", 7: "an upscaler's UNet", 8: "an instruct-pix2pix UNet", 9: "an inpainting UNet",
+}  # fmt: skip
+
+
+def hint(name: str, tensor: Tensor) -> str:
+    if name == "conv_in.weight" and tensor.ndim == 4 and tensor.shape[1] in INPUTS:
+        return f": conv_in has {tensor.shape[1]} input channels: {INPUTS[tensor.shape[1]]}"
+    return "; it is of another family or size than its config says"
+
+
+def check_values(part: str, tensors: Tensors, where: Path) -> None:
+    """Every weight is finite, at memory speed: a sum is NaN or infinite when any term is (or, hardly ever, by overflow)."""
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor.sum(dtype=torch.float32)) and not torch.isfinite(tensor.float()).all():
+            raise NonFiniteWeights(f"{where}: {part} tensor {name} holds NaN or infinity; the file is damaged or its training broke")
+
+
+def listed(keys: list[str]) -> str:
+    """At most five names, and how many there are."""
+    shown = ", ".join(sorted(keys)[:5])
+    return f"{len(keys)} tensor{'s' if len(keys) > 1 else ''} ({shown}{', ...' if len(keys) > 5 else ''})"
