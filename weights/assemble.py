@@ -27,7 +27,9 @@ def fill(part: str, config, tensors: Tensors, where: Path, device: torch.device,
     model = skeleton(part, config)
     check_names(part, model.state_dict(), tensors, where)
     check_values(part, tensors, where)
-    model.load_state_dict({name: tensor.to(device, dtype) for name, tensor in tensors.items()}, strict=True, assign=True)
+    model.load_state_dict(
+        {name: tensor.to(device, dtype) for name, tensor in tensors.items()}, strict=True, assign=True
+    )
     return model.eval().requires_grad_(False)
 
 
@@ -42,7 +44,9 @@ def check_names(part: str, wanted: Tensors, found: Tensors, where: Path) -> None
     if missing:
         raise CheckpointError(f"{where}: {part} lacks {listed(missing)}; download it again, or it is another model")
     if extra:
-        raise CheckpointError(f"{where}: {part} has no place for {listed(extra)}; it is another model than its config says")
+        raise CheckpointError(
+            f"{where}: {part} has no place for {listed(extra)}; it is another model than its config says"
+        )
     for name, tensor in found.items():
         if tensor.shape != wanted[name].shape:
             raise CheckpointError(
@@ -68,7 +72,9 @@ def check_values(part: str, tensors: Tensors, where: Path) -> None:
     """Every weight is finite, at memory speed: a sum is NaN or infinite when any term is (or, hardly ever, by overflow)."""
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor.sum(dtype=torch.float32)) and not torch.isfinite(tensor.float()).all():
-            raise NonFiniteWeights(f"{where}: {part} tensor {name} holds NaN or infinity; the file is damaged or its training broke")
+            raise NonFiniteWeights(
+                f"{where}: {part} tensor {name} holds NaN or infinity; the file is damaged or its training broke"
+            )
 
 
 def listed(keys: list[str]) -> str:

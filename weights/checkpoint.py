@@ -12,7 +12,6 @@ import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from sdcore.errors import CheckpointError
@@ -47,6 +46,7 @@ class Checkpoint:
     configs: dict[str, object]
     tensors: dict[str, Tensors]
     tokenizers: dict[str, Path]  # folder with vocab.json and merges.txt; empty when none was found
+    zero_negative: bool | None = None  # whether an empty negative prompt is zeros; None: as is usual for the family
     unused: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -69,12 +69,16 @@ def read(path: Path, *, variant: str | None = None, ema: bool = False, tokenizer
     path = Path(path)
     checkpoint = read_folder(path, variant) if path.is_dir() else read_single(path, ema)
     if tokenizer is not None:
-        checkpoint.tokenizers = {part.replace("text_encoder", "tokenizer"): Path(tokenizer) for part in text_parts(checkpoint)}
+        checkpoint.tokenizers = {
+            part.replace("text_encoder", "tokenizer"): Path(tokenizer) for part in text_parts(checkpoint)
+        }
     if checkpoint.family.startswith("sd1") or checkpoint.family.startswith("sd2"):
         # As diffusers' pipelines of 1.x and 2.x do: the first released files lack the offset that the models were meant for.
         checkpoint.configs["scheduler"] = replace(checkpoint.scheduler, steps_offset=1)
     if checkpoint.family.startswith(("sdxl", "refiner")):
         checkpoint.configs["scheduler"] = replace(checkpoint.scheduler, ays="sdxl")
+    if checkpoint.zero_negative is None:
+        checkpoint.zero_negative = checkpoint.family.startswith("sdxl")
     return checkpoint
 
 
@@ -100,9 +104,13 @@ def read_folder(folder: Path, variant: str | None) -> Checkpoint:
     }
     named = [part for part in TEXT_PARTS if isinstance(index.get(part), list) and any(index[part])]
     needed = ["unet", "vae", "scheduler", *named]
-    missing = [part for part in needed if part not in kinds] or (["text_encoder"] if not set(TEXT_PARTS) & set(kinds) else [])
+    missing = [part for part in needed if part not in kinds] or (
+        ["text_encoder"] if not set(TEXT_PARTS) & set(kinds) else []
+    )
     if missing:
-        raise CheckpointError(f"{folder}: no {missing[0]}/ in it (found: {', '.join(kinds)}); download the model completely")
+        raise CheckpointError(
+            f"{folder}: no {missing[0]}/ in it (found: {', '.join(kinds)}); download the model completely"
+        )
     unused: list[str] = []
     tensors = {}
     for part, where in kinds.items():
@@ -115,7 +123,8 @@ def read_folder(folder: Path, variant: str | None) -> Checkpoint:
     if left:
         say_once(f"{folder}: {', '.join(left)} left out (not needed to draw)")
     tokenizers = {name: folder / name for name in ("tokenizer", "tokenizer_2") if name in found}
-    checkpoint = Checkpoint(folder, "diffusers", "", read_configs, tensors, tokenizers, unused + left)
+    zeros = index.get("force_zeros_for_empty_prompt") is True if "force_zeros_for_empty_prompt" in index else None
+    checkpoint = Checkpoint(folder, "diffusers", "", read_configs, tensors, tokenizers, zeros, unused + left)
     checkpoint.family = family_of_parts(checkpoint)
     return checkpoint
 
@@ -135,9 +144,12 @@ def config_file(folder: Path) -> Path:
 
 
 def weight_names(part: str, variant: str | None) -> list[str]:
-    """What a part's weights may be called, best first: safetensors before pickle, the plain file before fp16, unless one is asked for."""
+    """What a part's weights may be called, best first: plain before fp16 unless a variant is asked for, then safetensors before pickle."""
     text = part in TEXT_PARTS
-    kinds = [("model" if text else "diffusion_pytorch_model", ".safetensors"), ("pytorch_model" if text else "diffusion_pytorch_model", ".bin")]
+    kinds = [
+        ("model" if text else "diffusion_pytorch_model", ".safetensors"),
+        ("pytorch_model" if text else "diffusion_pytorch_model", ".bin"),
+    ]
     return [
         name
         for middle in ([f".{variant}"] if variant else ["", ".fp16"])
@@ -153,18 +165,24 @@ def read_weights(folder: Path, variant: str | None) -> Tensors:
         if file.exists():
             return read_shards(file) if file.suffix == ".json" else files.read(file).tensors
     found = ", ".join(sorted(file.name for file in folder.iterdir())) or "nothing"
-    raise CheckpointError(f"{folder}: no {wanted[0]} in it (found: {files.one_line(found)}); download the model completely")
+    raise CheckpointError(
+        f"{folder}: no {wanted[0]} in it (found: {files.one_line(found)}); download the model completely"
+    )
 
 
 def read_shards(index: Path) -> Tensors:
     table = configs.read_json(index).get("weight_map")
-    if not isinstance(table, dict) or not all(isinstance(file, str) and re.fullmatch(r"[\w.-]+", file) for file in table.values()):
+    if not isinstance(table, dict) or not all(
+        isinstance(file, str) and re.fullmatch(r"[\w.-]+", file) for file in table.values()
+    ):
         raise CheckpointError(f"{index}: no table of plain file names in it; the file is damaged")
     tensors: Tensors = {}
     for file in sorted(set(table.values())):
         tensors = names.join(tensors, files.read(index.parent / file).tensors)
     if set(tensors) != set(table):
-        raise CheckpointError(f"{index}: lists {len(table)} tensors, its files hold {len(tensors)}; download the model again")
+        raise CheckpointError(
+            f"{index}: lists {len(table)} tensors, its files hold {len(tensors)}; download the model again"
+        )
     return tensors
 
 
@@ -219,7 +237,9 @@ def single(file: files.WeightFile, ema: bool) -> Checkpoint:
         known_configs = {"unet": release.unet, "vae": release.vae, **release.text, "scheduler": sampling}
     missing = [part for part in known_configs if part not in found and part != "scheduler"]
     if missing:
-        raise CheckpointError(f"it holds no {missing[0]} (found: {', '.join(sorted(found))}), expected a complete model")
+        raise CheckpointError(
+            f"it holds no {missing[0]} (found: {', '.join(sorted(found))}), expected a complete model"
+        )
     ours = {}
     for (part, spelling), own in parts.items():
         if part not in known_configs:
@@ -228,7 +248,7 @@ def single(file: files.WeightFile, ema: bool) -> Checkpoint:
     notes = [f"prediction type {prediction}: {reason}"] + [f"pickle global left inert: {name}" for name in file.inert]
     beside = tokenizers_beside(file.path)
     tokenizers = {part.replace("text_encoder", "tokenizer"): beside for part in TEXT_PARTS if part in ours and beside}
-    checkpoint = Checkpoint(file.path, "ldm", family, known_configs, ours, tokenizers, sorted(unused), notes)
+    checkpoint = Checkpoint(file.path, "ldm", family, known_configs, ours, tokenizers, None, sorted(unused), notes)
     checkpoint.family = family or family_of_parts(checkpoint)
     return checkpoint
 
@@ -301,11 +321,12 @@ def family_of_parts(checkpoint: Checkpoint) -> str:
         )
     usual = detect.FAMILIES[family].vae.scaling_factor
     if vae.scaling_factor != usual:
-        say_once(f"{checkpoint.path}: vae has scaling factor {vae.scaling_factor}, {family} usually {usual}: of another model?")
+        say_once(
+            f"{checkpoint.path}: vae has scaling factor {vae.scaling_factor}, {family} usually {usual}: of another model?"
+        )
     return family
 
 
 def like(width: int) -> str:
     known_widths = {768: " (1.x)", 1024: " (2.x)", 2048: " (XL)", 1280: " (XL refiner)"}
     return known_widths.get(width, "")
-

@@ -2,8 +2,8 @@
 
 The schemas are closed. A key is either read, with a range; or it must have the one value that every released model has
 (`..._FIXED`); or it is known to change nothing here (`IRRELEVANT`); anything else that is set is an error that names the key,
-what was found and what is supported. Sizes are bounded and the number of parameters is estimated before anything is built. No value
-ever becomes an import, a class or a path: where a file names a class, the name is looked up in a table of this file.
+what was found and what is supported. Sizes are bounded and the number of parameters is estimated before anything is built. No
+value ever becomes an import, a class or a path: where a file names a class, the name is looked up in a table of this file.
 """
 
 import json
@@ -22,44 +22,47 @@ MAX_CONFIG = 2**20  # bytes of a config.json
 MAX_WIDTH, MAX_LEVELS, MAX_LAYERS, MAX_DEPTH = 16384, 6, 4, 24
 
 IRRELEVANT = {
-    "architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "initializer_factor", "initializer_range",
-    "bos_token_id", "pad_token_id", "output_hidden_states", "output_attentions", "return_dict", "id2label", "label2id", "chunk_size_feed_forward",
-    "is_encoder_decoder", "problem_type", "use_cache", "tie_word_embeddings", "max_length", "min_length", "top_k", "top_p", "temperature", "num_beams",
-    "num_return_sequences", "repetition_penalty", "length_penalty", "diversity_penalty", "encoder_no_repeat_ngram_size",
-    "no_repeat_ngram_size", "num_beam_groups", "typical_p", "addition_embed_type_num_heads", "attention_dropout", "dropout",
-    "is_decoder", "do_sample", "early_stopping", "bad_words_ids", "prefix", "torchscript",
+    "addition_embed_type_num_heads", "architectures", "attention_dropout", "bad_words_ids", "bos_token_id",
+    "chunk_size_feed_forward", "diversity_penalty", "do_sample", "dropout", "dtype", "early_stopping",
+    "encoder_no_repeat_ngram_size", "id2label", "initializer_factor", "initializer_range", "is_decoder",
+    "is_encoder_decoder", "label2id", "length_penalty", "max_length", "min_length", "model_type", "no_repeat_ngram_size", "num_beam_groups", "num_beams",
+    "num_return_sequences", "output_attentions", "output_hidden_states", "pad_token_id", "prefix", "problem_type",
+    "repetition_penalty", "return_dict", "temperature", "tie_word_embeddings", "top_k", "top_p", "torch_dtype", "torchscript",
+    "transformers_version", "typical_p", "use_cache",
 }  # fmt: skip
 UNET_FIXED = {
-    "center_input_sample": False, "flip_sin_to_cos": True, "freq_shift": 0, "mid_block_type": "UNetMidBlock2DCrossAttn",
-    "downsample_padding": 1, "mid_block_scale_factor": 1, "act_fn": "silu", "norm_eps": 1e-5, "resnet_time_scale_shift": "default",
-    "resnet_out_scale_factor": 1.0, "time_embedding_type": "positional", "conv_in_kernel": 3, "conv_out_kernel": 3,
-    "attention_type": "default", "reverse_transformer_layers_per_block": None, "class_embed_type": None, "time_cond_proj_dim": None,
-    "encoder_hid_dim": None, "encoder_hid_dim_type": None, "num_attention_heads": None, "dual_cross_attention": False,
-    "resnet_skip_time_act": False, "time_embedding_dim": None, "time_embedding_act_fn": None, "timestep_post_act": None,
-    "class_embeddings_concat": False, "mid_block_only_cross_attention": None, "cross_attention_norm": None,
+    "act_fn": "silu", "attention_type": "default", "center_input_sample": False, "class_embed_type": None,
+    "class_embeddings_concat": False, "conv_in_kernel": 3, "conv_out_kernel": 3, "cross_attention_norm": None,
+    "downsample_padding": 1, "dual_cross_attention": False, "encoder_hid_dim": None, "encoder_hid_dim_type": None,
+    "flip_sin_to_cos": True, "freq_shift": 0, "mid_block_only_cross_attention": None, "mid_block_scale_factor": 1,
+    "mid_block_type": "UNetMidBlock2DCrossAttn", "norm_eps": 1e-5, "num_attention_heads": None, "resnet_out_scale_factor": 1.0,
+    "resnet_skip_time_act": False, "resnet_time_scale_shift": "default", "reverse_transformer_layers_per_block": None,
+    "time_cond_proj_dim": None, "time_embedding_act_fn": None, "time_embedding_dim": None, "time_embedding_type": "positional",
+    "timestep_post_act": None,
 }  # fmt: skip
 VAE_FIXED = {
-    "in_channels": 3, "out_channels": 3, "act_fn": "silu", "shift_factor": None, "latents_mean": None, "latents_std": None,
-    "use_quant_conv": True, "use_post_quant_conv": True, "mid_block_add_attention": True,
+    "act_fn": "silu", "in_channels": 3, "latents_mean": None, "latents_std": None, "mid_block_add_attention": True,
+    "out_channels": 3, "shift_factor": None, "use_post_quant_conv": True, "use_quant_conv": True,
 }  # fmt: skip
-CLIP_FIXED = {"layer_norm_eps": 1e-5, "hidden_act": "gelu or quick_gelu", "num_channels": 3}
+CLIP_FIXED = {"layer_norm_eps": 1e-5, "num_channels": 3}
 SAMPLERS = {  # the classes that a scheduler_config.json may name, and our sampler of that kind
     "PNDMScheduler": "pndm", "DDIMScheduler": "ddim", "DDPMScheduler": "ddpm", "LMSDiscreteScheduler": "lms",
     "EulerDiscreteScheduler": "euler", "EulerAncestralDiscreteScheduler": "euler_a", "HeunDiscreteScheduler": "heun",
-    "KDPM2DiscreteScheduler": "dpm2", "KDPM2AncestralDiscreteScheduler": "dpm2_a", "DPMSolverMultistepScheduler": "dpmpp_2m",
-    "DPMSolverSDEScheduler": "dpmpp_sde", "UniPCMultistepScheduler": "unipc", "DEISMultistepScheduler": "deis",
+    "KDPM2DiscreteScheduler": "dpm2", "KDPM2AncestralDiscreteScheduler": "dpm2_a", "DPMSolverSDEScheduler": "dpmpp_sde",
+    "DPMSolverMultistepScheduler": "dpmpp_2m", "UniPCMultistepScheduler": "unipc", "DEISMultistepScheduler": "deis",
     "LCMScheduler": "lcm", "TCDScheduler": "tcd",
 }  # fmt: skip
-SCHEDULER_CLASSES = {sampler: name for name, sampler in SAMPLERS.items()} | {"dpmpp_2m_sde": "DPMSolverMultistepScheduler"}
+CLASSES = {sampler: name for name, sampler in SAMPLERS.items()} | {"dpmpp_2m_sde": "DPMSolverMultistepScheduler"}
 SCHEDULER_FIXED = {
-    "trained_betas": None, "thresholding": False, "interpolation_type": "linear", "use_karras_sigmas": False,
-    "use_exponential_sigmas": False, "use_beta_sigmas": False, "use_lu_lambdas": False, "use_flow_sigmas": False, "sigma_min": None,
-    "sigma_max": None, "timestep_type": "discrete", "final_sigmas_type": "zero", "solver_order": 2, "solver_p": None,
-    "predict_x0": True, "lower_order_final": True, "euler_at_final": False, "use_dynamic_shifting": False, "shift_terminal": None,
+    "euler_at_final": False, "final_sigmas_type": "zero", "interpolation_type": "linear", "lower_order_final": True,
+    "predict_x0": True, "shift_terminal": None, "sigma_max": None, "sigma_min": None, "solver_order": 2, "solver_p": None,
+    "thresholding": False, "timestep_type": "discrete", "trained_betas": None, "use_beta_sigmas": False,
+    "use_dynamic_shifting": False, "use_exponential_sigmas": False, "use_flow_sigmas": False, "use_karras_sigmas": False,
+    "use_lu_lambdas": False,
 }  # fmt: skip
 SCHEDULER_IRRELEVANT = {  # of options that are off, or (clip_sample) that pipelines of latents turn off, as diffusers' do
-    "clip_sample", "clip_sample_range", "sample_max_value", "dynamic_thresholding_ratio", "flow_shift", "time_shift_type",
-    "lambda_min_clipped", "variance_type", "solver_type", "disable_corrector", "noise_sampler_seed",
+    "clip_sample", "clip_sample_range", "disable_corrector", "dynamic_thresholding_ratio", "flow_shift", "lambda_min_clipped",
+    "noise_sampler_seed", "sample_max_value", "solver_type", "time_shift_type", "variance_type",
 }  # fmt: skip
 
 
@@ -159,8 +162,15 @@ def unet_config(values: dict, where: str | Path = "config.json") -> UNetConfig:
     table = Table(values, where)
     channels = table.levels("block_out_channels", (320, 640, 1280, 1280), None, between(1, MAX_WIDTH))
     n = len(channels)
-    down = table.levels("down_block_types", ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"], n, lambda v: isinstance(v, str) and v in DOWN)
-    up = table.levels("up_block_types", ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3, n, lambda v: isinstance(v, str) and v in UP)
+    down = table.levels(
+        "down_block_types",
+        ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+        n,
+        lambda v: isinstance(v, str) and v in DOWN,
+    )
+    up = table.levels(
+        "up_block_types", ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3, n, lambda v: isinstance(v, str) and v in UP
+    )
     if [DOWN[block] for block in down] != [UP[block] for block in reversed(up)]:
         raise table.wrong("up_block_types", "the mirror image of down_block_types")
     depths = table.levels("transformer_layers_per_block", 1, n, between(1, MAX_DEPTH))
@@ -189,7 +199,9 @@ def unet_config(values: dict, where: str | Path = "config.json") -> UNetConfig:
         raise table.wrong("sample_size", "a whole number from 1 to 1024")
     for width, heads in zip(channels, config.heads, strict=True):
         if width % heads or width % config.norm_groups:
-            raise table.wrong("block_out_channels", f"multiples of the heads ({heads}) and norm groups ({config.norm_groups})")
+            raise table.wrong(
+                "block_out_channels", f"multiples of the heads ({heads}) and norm groups ({config.norm_groups})"
+            )
     check_size(where, unet_parameters(config))
     return config
 
@@ -197,20 +209,26 @@ def unet_config(values: dict, where: str | Path = "config.json") -> UNetConfig:
 def unet_parameters(config: UNetConfig) -> int:
     """About how many parameters: 3 x 3 convolutions of the residual blocks, and 16 d^2 a transformer layer."""
     per_level = zip(config.channels, config.depths, strict=True)
-    blocks = sum((2 * config.layers + 1) * (24 * c * c + d * (14 * c * c + 2 * c * config.context_dim)) for c, d in per_level)
+    blocks = sum(
+        (2 * config.layers + 1) * (24 * c * c + d * (14 * c * c + 2 * c * config.context_dim)) for c, d in per_level
+    )
     return blocks + config.mid_depth * 16 * config.channels[-1] ** 2 + config.class_embeddings * config.time_dim
 
 
 def check_size(where: str | Path, parameters: int) -> None:
     if parameters > MAX_PARAMETERS:
-        raise CheckpointError(f"{where}: describes about {parameters:.1e} parameters, more than the limit of {MAX_PARAMETERS:.0e}")
+        raise CheckpointError(
+            f"{where}: describes about {parameters:.1e} parameters, more than the limit of {MAX_PARAMETERS:.0e}"
+        )
 
 
 def unet_table(config: UNetConfig) -> dict:
     """The config.json with which diffusers builds the same UNet."""
     depths = [depth or config.mid_depth for depth in config.depths]
     if depths[-1] != config.mid_depth:
-        raise CheckpointError(f"a UNet with {depths[-1]} transformers in its last level and {config.mid_depth} in the middle has no config.json")
+        raise CheckpointError(
+            f"a UNet with {depths[-1]} transformers in its last level and {config.mid_depth} in the middle has no config.json"
+        )
     table = {
         "_class_name": "UNet2DConditionModel",
         "_diffusers_version": "0.30.0",
@@ -387,7 +405,12 @@ def scheduler_config(values: dict, where: str | Path = "scheduler_config.json") 
     if sampler is None:
         raise table.wrong("_class_name", ", ".join(SAMPLERS))
     late = name in ("LCMScheduler", "TCDScheduler")  # written when everybody used latents: their defaults are SD's
-    near = late or name in ("HeunDiscreteScheduler", "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "DPMSolverSDEScheduler")
+    near = late or name in (
+        "HeunDiscreteScheduler",
+        "KDPM2DiscreteScheduler",
+        "KDPM2AncestralDiscreteScheduler",
+        "DPMSolverSDEScheduler",
+    )
     if sampler == "dpmpp_2m":
         algorithm = table.choice("algorithm_type", "dpmsolver++", ["dpmsolver++", "sde-dpmsolver++"])
         sampler = "dpmpp_2m_sde" if algorithm.startswith("sde") else sampler
@@ -396,7 +419,9 @@ def scheduler_config(values: dict, where: str | Path = "scheduler_config.json") 
     config = SchedulerConfig(
         beta_start=table.number("beta_start", 0.00085 if near else 0.0001, 1e-8, 0.999),
         beta_end=table.number("beta_end", 0.012 if near else 0.02, 1e-8, 0.999),
-        beta_schedule=table.choice("beta_schedule", "scaled_linear" if late else "linear", ["linear", "scaled_linear", "squaredcos_cap_v2"]),
+        beta_schedule=table.choice(
+            "beta_schedule", "scaled_linear" if late else "linear", ["linear", "scaled_linear", "squaredcos_cap_v2"]
+        ),
         train_steps=table.whole("num_train_timesteps", 1000, 2, 10**5),
         prediction_type=table.choice("prediction_type", "epsilon", PREDICTIONS),
         spacing=table.choice("timestep_spacing", None, SPACINGS),
@@ -414,10 +439,12 @@ def scheduler_config(values: dict, where: str | Path = "scheduler_config.json") 
 
 def scheduler_table(config: SchedulerConfig) -> dict:
     """The scheduler_config.json with which diffusers builds the same scheduler."""
-    if config.sampler not in SCHEDULER_CLASSES:
-        raise CheckpointError(f"sampler {config.sampler} has no scheduler class in diffusers; choose one of {', '.join(SCHEDULER_CLASSES)}")
+    if config.sampler not in CLASSES:
+        raise CheckpointError(
+            f"sampler {config.sampler} has no scheduler class in diffusers; choose one of {', '.join(CLASSES)}"
+        )
     table = {
-        "_class_name": SCHEDULER_CLASSES[config.sampler],
+        "_class_name": CLASSES[config.sampler],
         "_diffusers_version": "0.30.0",
         "num_train_timesteps": config.train_steps,
         "beta_start": config.beta_start,

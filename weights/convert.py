@@ -9,7 +9,6 @@ import json
 import os
 import secrets
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -42,7 +41,9 @@ def convert(
     checkpoint = ck.read(source, variant=variant, ema=ema, tokenizer=Path(tokenizer) if tokenizer else None)
     layout = layout or {"diffusers": "ldm", "ldm": "diffusers"}[checkpoint.layout]
     if layout not in ("diffusers", "ldm"):
-        raise ConfigError(f"layout {layout!r}: expected diffusers (a folder) or ldm (one original-layout file) for a model")
+        raise ConfigError(
+            f"layout {layout!r}: expected diffusers (a folder) or ldm (one original-layout file) for a model"
+        )
     for part, tensors in checkpoint.tensors.items():  # what would not load is not written either
         check_names(part, skeleton(part, checkpoint.configs[part]).state_dict(), tensors, checkpoint.where(part))
     if layout == "ldm":
@@ -81,7 +82,9 @@ def write_single(checkpoint: ck.Checkpoint, path: Path, dtype: torch.dtype | Non
     folder = next(iter(checkpoint.tokenizers.values()), None)
     beside = path.with_suffix(".tokenizer")
     if folder is not None and (folder / "vocab.json").exists() and not beside.exists():
-        publish(beside, lambda part: [shutil.copyfile(folder / name, part / name) for name in ("vocab.json", "merges.txt")])
+        publish(
+            beside, lambda part: [shutil.copyfile(folder / name, part / name) for name in ("vocab.json", "merges.txt")]
+        )
 
 
 def prefix_of(part: str, family: str) -> tuple[str, str]:
@@ -114,9 +117,15 @@ def write_folder(checkpoint: ck.Checkpoint, target: Path, dtype: torch.dtype | N
     """The diffusers layout: a folder a part, each with its config.json, tokenizers, and model_index.json."""
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise CheckpointError(f"{target}: exists; choose a new folder")
-    missing = [part for part in ck.text_parts(checkpoint) if part.replace("text_encoder", "tokenizer") not in checkpoint.tokenizers]
+    missing = [
+        part
+        for part in ck.text_parts(checkpoint)
+        if part.replace("text_encoder", "tokenizer") not in checkpoint.tokenizers
+    ]
     if missing:
-        raise CheckpointError(f"{checkpoint.path}: no tokenizer beside it, which a folder needs; give a folder with vocab.json as tokenizer=")
+        raise CheckpointError(
+            f"{checkpoint.path}: no tokenizer beside it, which a folder needs; give a folder with vocab.json as tokenizer="
+        )
 
     def fill(folder: Path) -> None:
         for part, tensors in checkpoint.tensors.items():
@@ -140,7 +149,12 @@ def write_tokenizer(folder: Path, source: Path, checkpoint: ck.Checkpoint) -> No
     second = folder.name == "tokenizer_2" or checkpoint.family.startswith("sd2") or checkpoint.family == "x4"
     special = {"bos_token": start, "eos_token": end, "unk_token": end, "pad_token": "!" if second else end}
     config = checkpoint.configs[folder.name.replace("tokenizer", "text_encoder")]
-    length = {"model_max_length": config.positions, "tokenizer_class": "CLIPTokenizer", "do_lower_case": True, "errors": "replace"}
+    length = {
+        "model_max_length": config.positions,
+        "tokenizer_class": "CLIPTokenizer",
+        "do_lower_case": True,
+        "errors": "replace",
+    }
     if not (folder / "special_tokens_map.json").exists():
         write_json(folder / "special_tokens_map.json", special)
     if not (folder / "tokenizer_config.json").exists():
@@ -163,7 +177,7 @@ def index(checkpoint: ck.Checkpoint) -> dict:
             elif xl:
                 table[name] = [None, None]
     if xl:
-        table["force_zeros_for_empty_prompt"] = checkpoint.family != "refiner"
+        table["force_zeros_for_empty_prompt"] = checkpoint.zero_negative
         table |= {"requires_aesthetics_score": True} if checkpoint.family == "refiner" else {}
     elif checkpoint.family != "x4":
         table |= {"safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False}

@@ -82,7 +82,8 @@ KINDS = [
     ("ip-adapter", r"^ip_adapter\.|^image_proj\.", "an IP-Adapter", "it goes with a model, not in its place"),
     ("controlnet", r"^control_model\.|input_hint_block|controlnet_cond_embedding|^lora_controlnet$|lllite_unet|instantx",
      "a ControlNet", "load a model and give this file with --control"),
-    ("t2i-adapter", r"^(adapter\.)?body\.\d+\.(in_conv|block1|resnets)", "a T2I-Adapter", "it goes with a model, not in its place"),
+    ("t2i-adapter", r"^(adapter\.)?body\.\d+\.(in_conv|block1|resnets)", "a T2I-Adapter",
+     "it goes with a model, not in its place"),
     ("embedding", r"^emb_params$|^string_to_param\.|^clip_[lg]$|^<.*>$", "a textual-inversion embedding",
      "load a model and give this file with --embedding"),
     ("unclip", r"^noise_augmentor\.|^embedder\.model\.visual", "a Stable Diffusion 2.1 unCLIP model", "unCLIP is not supported"),
@@ -91,7 +92,8 @@ KINDS = [
     ("model", r"^(model\.diffusion_model|model_ema)\.(diffusion_model)?input_blocks",
      "a model in the original single-file layout", "load it"),
     ("sd3", r"joint_blocks\.", "Stable Diffusion 3", "only 1.x, 2.x and XL are supported"),
-    ("flux", r"double_blocks\.|single_transformer_blocks\.", "a Flux model", "only Stable Diffusion 1.x, 2.x and XL are supported"),
+    ("flux", r"double_blocks\.|single_transformer_blocks\.", "a Flux model",
+     "only Stable Diffusion 1.x, 2.x and XL are supported"),
     ("dit", r"(^|\.)(transformer_blocks|blocks|layers)\.\d+\.(attn|adaLN|self_attn|cross_attn)", "a diffusion transformer",
      "only Stable Diffusion 1.x, 2.x and XL are supported"),
     ("bare-unet", r"^input_blocks\.\d+\.", "a UNet alone, in LDM's names without their prefix", "merge it into a complete model"),
@@ -99,7 +101,8 @@ KINDS = [
      "put it into a model's unet/ folder and load that folder"),
     ("vae", r"^(first_stage_model\.|vae\.)?(encoder|decoder)\.(down|up|down_blocks|up_blocks|mid)\b", "an autoencoder alone",
      "load a model, then pipe.vae = load_vae(this file)"),
-    ("taesd", r"^(encoder|decoder)\.layers\.\d+|^\d+\.(conv|weight)", "a tiny autoencoder (TAESD) or a bare list of layers", "not supported"),
+    ("taesd", r"^(encoder|decoder)\.layers\.\d+|^\d+\.(conv|weight)", "a tiny autoencoder (TAESD) or a bare list of layers",
+     "not supported"),
     ("vision", r"(^|\.)vision_model\.(?!.*text)", "a CLIP vision tower or a safety checker", "it is no image model"),
     ("text-encoder", r"(^|\.)text_model\.|^encoder\.layers\.|resblocks\.|^embeddings\.token_embedding", "a text encoder alone",
      "put it into a model's text_encoder/ folder and load that folder"),
@@ -161,9 +164,13 @@ def split(tensors: Tensors) -> tuple[dict[tuple[str, str], Tensors], list[str], 
 
 
 def averaged(tensors: Tensors) -> Tensors:
-    """The same file with the UNet's EMA weights in place of its own; CheckpointError where there are none (LDM drops their dots)."""
+    """The same file with the UNet's EMA weights (LDM drops their dots) in place of its own; CheckpointError if there are none."""
     prefix = "model.diffusion_model."
-    ema = {name: f"model_ema.diffusion_model{name.removeprefix(prefix).replace('.', '')}" for name in tensors if name.startswith(prefix)}
+    ema = {
+        name: f"model_ema.diffusion_model{name.removeprefix(prefix).replace('.', '')}"
+        for name in tensors
+        if name.startswith(prefix)
+    }
     missing = [name for name in ema.values() if name not in tensors]
     if missing or not ema:
         raise CheckpointError(f"the file has no complete EMA weights ({len(missing)} missing); load it without ema")
@@ -182,7 +189,11 @@ def unet_from_shapes(tensors: Tensors) -> unet.UNetConfig:
         return shape[name][axis]
 
     def depth(block: str) -> int:
-        blocks = {int(m[1]) for name in shape if (m := re.match(rf"{re.escape(block)}\.1\.transformer_blocks\.(\d{{1,3}})\.", name))}
+        blocks = {
+            int(m[1])
+            for name in shape
+            if (m := re.match(rf"{re.escape(block)}\.1\.transformer_blocks\.(\d{{1,3}})\.", name))
+        }
         return len(blocks)
 
     channels, depths, layers, n = [], [], [0], 1
@@ -197,12 +208,16 @@ def unet_from_shapes(tensors: Tensors) -> unet.UNetConfig:
         n += 1
     if not channels or len(set(layers)) != 1:
         raise CheckpointError("its UNet's blocks are not those of Stable Diffusion 1.x, 2.x or XL")
-    first = next((f"input_blocks.{i}.1" for i in range(n) if f"input_blocks.{i}.1.proj_in.weight" in shape), "middle_block.1")
+    first = next(
+        (f"input_blocks.{i}.1" for i in range(n) if f"input_blocks.{i}.1.proj_in.weight" in shape), "middle_block.1"
+    )
     inner = first + ".transformer_blocks.0"
     context = at(f"{inner}.attn2.to_k.weight", 1)
     linear = len(shape.get(f"{first}.proj_in.weight", ())) == 2
     classes = at("label_emb.weight", 0, 0)
-    attends = [f"input_blocks.{1 + (layers[0] + 1) * i}.1.transformer_blocks.0.attn1.to_k.weight" for i in range(len(channels))]
+    attends = [
+        f"input_blocks.{1 + (layers[0] + 1) * i}.1.transformer_blocks.0.attn1.to_k.weight" for i in range(len(channels))
+    ]
     return unet.UNetConfig(
         in_channels=at("input_blocks.0.0.weight", 1),
         out_channels=at("out.2.weight", 0),
@@ -240,8 +255,12 @@ def family_of(config: unet.UNetConfig, prediction: str | None = None) -> str:
     if config.added_dim in (2048, 1536):
         raise CheckpointError("it is a Stable Diffusion 2.1 unCLIP model, which is not supported")
     if config.context_dim == 2048 and config.added_dim:
-        what = DERIVED.get(config.depths) or (f"an XL model with {config.in_channels} input channels" if config.depths == (0, 2, 10) else None)
-        raise CheckpointError(f"it is {what or f'an XL model with {config.depths} transformers a level'}, which is not supported")
+        what = DERIVED.get(config.depths) or (
+            f"an XL model with {config.in_channels} input channels" if config.depths == (0, 2, 10) else None
+        )
+        raise CheckpointError(
+            f"it is {what or f'an XL model with {config.depths} transformers a level'}, which is not supported"
+        )
     raise CheckpointError(
         f"its UNet (input channels {config.in_channels}, widths {config.channels}, text width {config.context_dim}) is none of "
         f"the families {', '.join(FAMILIES)}"
@@ -263,5 +282,7 @@ def prediction_of(file: WeightFile, unet_tensors: Tensors, config: unet.UNetConf
     bias = unet_tensors.get("output_blocks.11.1.transformer_blocks.0.norm1.bias")
     if config.context_dim == 1024 and config.in_channels == 4 and bias is not None:
         spread = torch.std(bias.float(), unbiased=False).item()
-        return ("v_prediction" if spread > 0.09 else "epsilon"), f"2.x statistic: spread {spread:.3f} of the last norm's bias (v above 0.09)"
+        return (
+            "v_prediction" if spread > 0.09 else "epsilon"
+        ), f"2.x statistic: spread {spread:.3f} of the last norm's bias (v above 0.09)"
     return "epsilon", "default of the family"

@@ -42,11 +42,15 @@ def resolve(name: str | Path, *, revision: str | None = None, variant: str | Non
         raise CheckpointError(f"model {one_line(repr(name))}: expected a name, folder or file")
     if name == "tiny":
         if not (HERE / "tiny" / "model_index.json").exists():
-            raise CheckpointError(f"{HERE / 'tiny'}: the bundled model is not in this installation; install sdcore again")
+            raise CheckpointError(
+                f"{HERE / 'tiny'}: the bundled model is not in this installation; install sdcore again"
+            )
         return HERE / "tiny"
     known = manifest()["model"].get(name)
     if known:
-        return download(known["repo"], revision or known.get("revision"), variant or known.get("variant"), known.get("mirrors", []))
+        return download(
+            known["repo"], revision or known.get("revision"), variant or known.get("variant"), known.get("mirrors", [])
+        )
     if name.lower().endswith(WEIGHT_SUFFIXES) and name.count("/") != 2:
         raise CheckpointError(f"{one_line(name)}: no such file")
     if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*(/[\w-][\w.-]*)?", name) and ".." not in name:
@@ -81,18 +85,24 @@ def download(repo: str, revision: str | None, variant: str | None, mirrors: list
         return Path(hub.snapshot_download(repo, revision=revision, allow_patterns=wanted))
     except errors.GatedRepoError:
         raise CheckpointError(
-            f"{repo}: its licence must be accepted first: open https://huggingface.co/{repo}, accept, then `hf auth login`{elsewhere}"
+            f"{repo}: accept its licence first at https://huggingface.co/{repo}, then `hf auth login`{elsewhere}"
         ) from None
     except errors.RevisionNotFoundError:
         raise CheckpointError(f"{repo}: has no revision {one_line(revision)!r}; leave it out for the newest") from None
     except errors.RepositoryNotFoundError:
-        raise CheckpointError(f"{repo}: no such repository on the hub, or a private one (`hf auth login`){elsewhere}") from None
+        raise CheckpointError(
+            f"{repo}: no such repository on the hub, or a private one (`hf auth login`){elsewhere}"
+        ) from None
     except errors.LocalEntryNotFoundError:
-        raise CheckpointError(f"{repo}: not in the cache, and the hub cannot be reached (offline?); download it once while online") from None
+        raise CheckpointError(
+            f"{repo}: not in the cache, and the hub cannot be reached (offline?); download it once while online"
+        ) from None
     except errors.EntryNotFoundError:
         raise CheckpointError(f"{repo}: has no file {one_line(file)}") from None
     except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
-        raise CheckpointError(f"{repo}: download failed ({one_line(error)}); try again, what is complete is kept") from None
+        raise CheckpointError(
+            f"{repo}: download failed ({one_line(error)}); try again, what is complete is kept"
+        ) from None
 
 
 def choose(listing: list[str], repo: str, variant: str | None) -> list[str]:
@@ -110,9 +120,13 @@ def choose(listing: list[str], repo: str, variant: str | None) -> list[str]:
         if part in ("unet", "vae", *TEXT_PARTS) and inside:
             best = next((name for name in weight_names(part, variant) if name in inside), None)
             if best is None:
-                raise CheckpointError(f"{repo}: {part}/ has no {weight_names(part, variant)[0]}; leave variant out, or choose another")
+                raise CheckpointError(
+                    f"{repo}: {part}/ has no {weight_names(part, variant)[0]}; leave variant out, or choose another"
+                )
             stem, ending = best.split(".")[0], ".safetensors" if ".safetensors" in best else ".bin"
-            shards = [name for name in inside if re.fullmatch(rf"{stem}(\.\w+)?-\d+-of-\d+(\.\w+)?{re.escape(ending)}", name)]
+            shards = [
+                name for name in inside if re.fullmatch(rf"{stem}(\.\w+)?-\d+-of-\d+(\.\w+)?{re.escape(ending)}", name)
+            ]
             wanted += [f"{part}/{name}" for name in [best, *(shards if best.endswith(".json") else [])]]
         wanted += [f"{part}/{name}" for name in inside if name.endswith((".json", ".txt")) and ".index." not in name]
     return sorted(set(wanted))

@@ -93,7 +93,9 @@ def identify(path: Path, data: Tensor) -> str:
     if text.startswith(b"version https://git-lfs"):
         fields = dict(line.split(" ", 1) for line in head.decode("utf-8", "replace").splitlines() if " " in line)
         oid, size = one_line(fields.get("oid", "?")), one_line(fields.get("size", "?"))
-        raise CheckpointError(f"{path}: is a git-LFS pointer (oid {oid}, {size} bytes), not the weights; run `git lfs pull`")
+        raise CheckpointError(
+            f"{path}: is a git-LFS pointer (oid {oid}, {size} bytes), not the weights; run `git lfs pull`"
+        )
     if text.startswith((b"<!doctype", b"<html", b"<?xml")):
         raise CheckpointError(f"{path}: is an HTML page, not a weight file; the download probably needed a login")
     if head[:1] == b"\x80" and head[1:2] in b"\x02\x03\x04\x05" and len(head) > 2:
@@ -102,7 +104,9 @@ def identify(path: Path, data: Tensor) -> str:
             "load it once where you trust it and save it as .safetensors"
         )
     if len(head) < 16:
-        raise CheckpointError(f"{path}: truncated: have {len(data)} bytes, too few for any weight file; download it again")
+        raise CheckpointError(
+            f"{path}: truncated: have {len(data)} bytes, too few for any weight file; download it again"
+        )
     for magic, name in MAGICS:
         if head.startswith(magic):
             raise CheckpointError(f"{path}: is {name}, expected a .safetensors or .ckpt weight file")
@@ -132,7 +136,9 @@ def read_safetensors(path: Path, data: Tensor) -> tuple[dict[str, Tensor], dict[
     """Tensors and metadata. Layout: 8 bytes header length, JSON header, then the tensors' bytes without gap or overlap."""
     length = int.from_bytes(slice_bytes(data, 0, 8), "little")
     if length > MAX_HEADER:
-        raise CheckpointError(f"{path}: header declares {length} bytes, more than the limit of {MAX_HEADER}; the file is damaged")
+        raise CheckpointError(
+            f"{path}: header declares {length} bytes, more than the limit of {MAX_HEADER}; the file is damaged"
+        )
     if 8 + length > len(data):
         raise CheckpointError(f"{path}: truncated: have {len(data)} bytes, the header alone declares {8 + length}")
     header = parse_header(path, slice_bytes(data, 8, 8 + length))
@@ -141,12 +147,16 @@ def read_safetensors(path: Path, data: Tensor) -> tuple[dict[str, Tensor], dict[
         raise CheckpointError(f"{path}: __metadata__ is not a table of texts; the file is damaged")
     if len(header) > MAX_TENSORS:
         raise CheckpointError(f"{path}: declares {len(header)} tensors, more than the limit of {MAX_TENSORS}")
-    entries = sorted(((*check_entry(path, name, entry), name) for name, entry in header.items()), key=lambda e: (e[0], e[1]))
+    entries = sorted(
+        ((*check_entry(path, name, entry), name) for name, entry in header.items()), key=lambda e: (e[0], e[1])
+    )
     end = 0
     for begin, stop, *_, name in entries:  # in the order of the bytes: each must begin where the one before it ended
         if begin != end:
             what = "overlaps the tensor before it" if begin < end else f"leaves a hole of {begin - end} bytes before it"
-            raise CheckpointError(f"{path}: tensor {name} {what} (begins at {begin}, expected {end}); the file is damaged")
+            raise CheckpointError(
+                f"{path}: tensor {name} {what} (begins at {begin}, expected {end}); the file is damaged"
+            )
         end = stop
     body = len(data) - 8 - length
     if end > body:
@@ -188,10 +198,14 @@ def check_entry(path: Path, name: str, entry: object) -> tuple[int, int, torch.d
         raise CheckpointError(f"{path}: tensor {name}: dtype {one_line(dtype)} is not one of {', '.join(DTYPES)}")
     check_shape(path, name, shape)
     if not are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise CheckpointError(f"{path}: tensor {name}: data_offsets {one_line(offsets)} are no range; the file is damaged")
+        raise CheckpointError(
+            f"{path}: tensor {name}: data_offsets {one_line(offsets)} are no range; the file is damaged"
+        )
     need, have = math.prod(shape) * DTYPES[dtype].itemsize, offsets[1] - offsets[0]
     if need != have:
-        raise CheckpointError(f"{path}: tensor {name}: shape {shape} of {dtype} needs {need} bytes, the header gives {have}")
+        raise CheckpointError(
+            f"{path}: tensor {name}: shape {shape} of {dtype} needs {need} bytes, the header gives {have}"
+        )
     return offsets[0], offsets[1], DTYPES[dtype], tuple(shape)
 
 
@@ -202,9 +216,13 @@ def check_name(path: Path, name: object) -> None:
 
 def check_shape(path: Path, name: str, shape: object) -> None:
     if not are_sizes(shape):
-        raise CheckpointError(f"{path}: tensor {name}: shape {one_line(shape)} is no list of sizes; the file is damaged")
+        raise CheckpointError(
+            f"{path}: tensor {name}: shape {one_line(shape)} is no list of sizes; the file is damaged"
+        )
     if len(shape) > MAX_RANK or any(size > 2**40 for size in shape):
-        raise CheckpointError(f"{path}: tensor {name}: shape {one_line(shape)} exceeds the limit of {MAX_RANK} dimensions of 2^40")
+        raise CheckpointError(
+            f"{path}: tensor {name}: shape {one_line(shape)} exceeds the limit of {MAX_RANK} dimensions of 2^40"
+        )
 
 
 def are_sizes(value: object) -> bool:
@@ -250,7 +268,11 @@ def write(
     end = 0
     for name in names:
         begin, end = end, end + tensors[name].numel() * kinds[name].itemsize
-        header[name] = {"dtype": DTYPE_NAMES[kinds[name]], "shape": list(tensors[name].shape), "data_offsets": [begin, end]}
+        header[name] = {
+            "dtype": DTYPE_NAMES[kinds[name]],
+            "shape": list(tensors[name].shape),
+            "data_offsets": [begin, end],
+        }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with replacing(path) as file:

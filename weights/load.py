@@ -17,6 +17,7 @@ from torch import Tensor
 
 from sdcore.clip import CLIPText
 from sdcore.errors import CheckpointError, ConfigError
+from sdcore.pipeline import Pipeline
 from sdcore.scheduler import SchedulerConfig
 from sdcore.tokenizer import Tokenizer
 from sdcore.unet import UNet
@@ -40,6 +41,7 @@ class Parts:
     tokenizers: list[Tokenizer]
     scheduler: SchedulerConfig
     family: str
+    zero_negative: bool = False  # an empty negative prompt is zeros, not the encoding of ""
     unused: list[str] = field(default_factory=list)  # names of the tensors that were known to be unused
 
 
@@ -48,16 +50,26 @@ def load(
     device: str | torch.device | None = None,
     dtype: torch.dtype | str | None = None,
     *,
-    revision: str | None = None,
-    variant: str | None = None,
-    ema: bool = False,
-    tokenizer: str | Path | None = None,
-):
-    """A `Pipeline` from an alias, hub id, folder or file; see `load_parts` for the arguments and errors."""
-    from sdcore.pipeline import Pipeline
+    offload: bool = False,
+    **options,
+) -> Pipeline:
+    """A `Pipeline` from an alias, hub id, folder or file; see `load_parts` for the other arguments and the errors.
 
-    parts = load_parts(name, device, dtype, revision=revision, variant=variant, ema=ema, tokenizer=tokenizer)
-    return Pipeline(parts.unet, parts.vae, parts.text_encoders, parts.tokenizers, parts.scheduler, parts.family)
+    With `offload` the parts stay in main memory, and the pipeline takes to the device only the one that is at work.
+    """
+    device, dtype = choose(device, dtype)
+    parts = load_parts(name, "cpu" if offload else device, dtype, **options)
+    return Pipeline(
+        parts.unet,
+        parts.vae,
+        parts.text_encoders,
+        parts.tokenizers,
+        parts.scheduler,
+        parts.family,
+        zero_negative=parts.zero_negative,
+        device=device,
+        offload=offload,
+    )
 
 
 def load_parts(
@@ -80,11 +92,13 @@ def load_parts(
     path = fetch.resolve(name, revision=revision, variant=variant)
     source = ck.read(path, variant=variant, ema=ema, tokenizer=Path(tokenizer) if tokenizer else None)
     texts = ck.text_parts(source)
-    tokenizers = [read_tokenizer(source, part) for part in texts]  # the small files first: a missing one should cost no time
+    tokenizers = [read_tokenizer(source, part) for part in texts]  # the small files first: one may be missing
     unet = build("unet", source, device, dtype)
     vae = build("vae", source, device, dtype)
     encoders = [build(part, source, device, dtype) for part in texts]
-    return Parts(unet, vae, encoders, tokenizers, source.scheduler, source.family, source.unused)
+    return Parts(
+        unet, vae, encoders, tokenizers, source.scheduler, source.family, bool(source.zero_negative), source.unused
+    )
 
 
 def load_vae(path: str | Path, device=None, dtype=None, *, scaling_factor: float | None = None) -> VAE:
@@ -102,10 +116,14 @@ def load_vae(path: str | Path, device=None, dtype=None, *, scaling_factor: float
         kind = detect.kind_of(file.tensors)
         if kind.name != "vae":
             raise CheckpointError(f"{path}: is {kind.what}, expected an autoencoder alone; {kind.advice}")
-        tensors = {key.removeprefix("first_stage_model.").removeprefix("vae."): value for key, value in file.tensors.items()}
+        tensors = {
+            key.removeprefix("first_stage_model.").removeprefix("vae."): value for key, value in file.tensors.items()
+        }
         config = VAEConfig(scaling_factor=scaling_factor or 0.18215)
         if scaling_factor is None:
-            ck.say_once(f"{path}: scaling factor not known from the file, assuming {config.scaling_factor} (SD 1.x and 2.x)")
+            ck.say_once(
+                f"{path}: scaling factor not known from the file, assuming {config.scaling_factor} (SD 1.x and 2.x)"
+            )
         if "encoder.down.0.block.0.conv1.weight" in tensors:
             tensors = names.vae_from_ldm(tensors, config)
     tensors = {key: value for key, value in tensors.items() if not key.startswith(("loss.", "model_ema."))}
@@ -125,7 +143,12 @@ def choose(device, dtype) -> tuple[torch.device, torch.dtype]:
         device = torch.device(device) if device is not None else default_device()
     except RuntimeError:
         raise ConfigError(f"device {device!r}: expected cpu, cuda, cuda:N or mps") from None
-    if device.type == "cuda" and not torch.cuda.is_available() or device.type == "mps" and not torch.backends.mps.is_available():
+    if (
+        device.type == "cuda"
+        and not torch.cuda.is_available()
+        or device.type == "mps"
+        and not torch.backends.mps.is_available()
+    ):
         raise ConfigError(f"device {device}: not there on this machine; leave it out, or say cpu")
     if isinstance(dtype, str):
         table = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -169,11 +192,13 @@ def read_tokenizer(source: ck.Checkpoint, part: str) -> Tokenizer:
         folder = folder or (fetch.cached_tokenizer() if config.vocab == 49408 else None)
         if folder is None:
             raise CheckpointError(
-                f"{source.path}: no {name} (single files hold none); put vocab.json and merges.txt beside it or give their folder as "
-                f"tokenizer=; CLIP's come with: hf download {fetch.TOKENIZER_REPO} vocab.json merges.txt"
+                f"{source.path}: no {name} (single files hold none); put vocab.json and merges.txt beside it or give "
+                f"their folder as tokenizer=; CLIP's come with: hf download {fetch.TOKENIZER_REPO} vocab.json merges.txt"
             )
         pad = "!" if source.family.startswith("sd2") or source.family == "x4" else PADS[part]
-        tokenizer = Tokenizer.from_files(folder / "vocab.json", folder / "merges.txt", pad=pad, max_length=config.positions)
+        tokenizer = Tokenizer.from_files(
+            folder / "vocab.json", folder / "merges.txt", pad=pad, max_length=config.positions
+        )
     if tokenizer.vocab_size > config.vocab:
         raise CheckpointError(
             f"{folder}: knows {tokenizer.vocab_size} tokens, {part} has room for {config.vocab}; it belongs to another model"

@@ -1,4 +1,4 @@
-"""The names of parameters: ours, which are those of the diffusers layout, and the other spellings in which the same tensors go round.
+"""The names of parameters: ours, which are those of the diffusers layout, and the other spellings that go round.
 
 Nothing here is a table of keys. A model is walked once by its config, giving the name of each *module* in both spellings
 (`unet_modules`, `vae_modules`, `open_clip_modules`); a parameter follows its module, and the way back is the same walk with the
@@ -60,7 +60,9 @@ def unet_modules(config) -> Modules:
         if level < last:
             modules[f"down_blocks.{level}.downsamplers.0.conv"] = f"input_blocks.{n}.0.op"
             n += 1
-    modules.update({f"mid_block.resnets.{i}.{a}": f"middle_block.{2 * i}.{b}" for i in (0, 1) for a, b in UNET_RESNET.items()})
+    modules.update(
+        {f"mid_block.resnets.{i}.{a}": f"middle_block.{2 * i}.{b}" for i in (0, 1) for a, b in UNET_RESNET.items()}
+    )
     modules["mid_block.attentions.0"] = "middle_block.1"
     n = 0
     for level, depth in enumerate(reversed(config.depths)):
@@ -90,7 +92,10 @@ def vae_modules(config) -> Modules:
     """Our modules -> LDM's. LDM numbers the decoder's levels by resolution, so its `up` runs backwards."""
     modules = {"quant_conv": "quant_conv", "post_quant_conv": "post_quant_conv"}
     last = len(config.channels) - 1
-    for half, way, theirs, layers in (("encoder", "down", "down", config.layers), ("decoder", "up", "up", config.layers + 1)):
+    for half, way, theirs, layers in (
+        ("encoder", "down", "down", config.layers),
+        ("decoder", "up", "up", config.layers + 1),
+    ):
         modules |= {f"{half}.conv_in": f"{half}.conv_in", f"{half}.conv_out": f"{half}.conv_out"}
         modules[f"{half}.conv_norm_out"] = f"{half}.norm_out"
         blocks = {f"{half}.mid_block.resnets.{i}": f"{half}.mid.block_{i + 1}" for i in (0, 1)}
@@ -129,7 +134,13 @@ def vae_spelling(tensors: Tensors) -> Tensors:
 
 # ---------------------------------------------------------------- text encoders
 
-CLIP_LAYER = {"layer_norm1": "ln_1", "layer_norm2": "ln_2", "self_attn.out_proj": "attn.out_proj", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj"}  # fmt: skip
+CLIP_LAYER = {
+    "layer_norm1": "ln_1",
+    "self_attn.out_proj": "attn.out_proj",
+    "layer_norm2": "ln_2",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+}
 QKV = ("q_proj", "k_proj", "v_proj")  # the order in which OpenCLIP stacks them
 
 

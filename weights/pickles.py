@@ -80,11 +80,15 @@ def flatten(path: Path, table: dict, strict: bool, prefix: str = ""):
         elif isinstance(value, dict) and not prefix and not strict:
             yield from flatten(path, value, True, f"{name}.")
         elif isinstance(value, Inert | Storage | bytes):
-            raise CheckpointError(f"{path}: entry {one_line(name or key)} is {describe(value)}, expected a tensor; refused")
+            raise CheckpointError(
+                f"{path}: entry {one_line(name or key)} is {describe(value)}, expected a tensor; refused"
+            )
 
 
 def describe(value: object) -> str:
-    return f"the object {one_line(value.name)}" if isinstance(value, Inert) else f"a value of type {type(value).__name__}"
+    return (
+        f"the object {one_line(value.name)}" if isinstance(value, Inert) else f"a value of type {type(value).__name__}"
+    )
 
 
 # ---------------------------------------------------------------- the archive
@@ -103,7 +107,9 @@ class Archive:
                 f"{path}: truncated or damaged: have {len(data)} bytes and no readable zip directory ({one_line(error)})"
             ) from None
         if len(infos) > 2 * MAX_TENSORS:
-            raise CheckpointError(f"{path}: the archive has {len(infos)} entries, more than the limit of {2 * MAX_TENSORS}")
+            raise CheckpointError(
+                f"{path}: the archive has {len(infos)} entries, more than the limit of {2 * MAX_TENSORS}"
+            )
         self.entries: dict[str, tuple[int, int, int]] = {}  # name inside the archive -> begin, size, crc
         end = 0
         for info in sorted(infos, key=lambda info: info.header_offset):
@@ -125,12 +131,20 @@ class Archive:
         if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1 or info.compress_size != info.file_size:
             raise CheckpointError(f"{self.path}: archive entry {name} is compressed or encrypted; torch writes neither")
         header = slice_bytes(self.data, info.header_offset, info.header_offset + 30)
-        begin = info.header_offset + 30 + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
-        written = slice_bytes(self.data, info.header_offset + 30, info.header_offset + 30 + len(info.orig_filename.encode()))
+        begin = (
+            info.header_offset + 30 + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
+        )
+        written = slice_bytes(
+            self.data, info.header_offset + 30, info.header_offset + 30 + len(info.orig_filename.encode())
+        )
         if header[:4] != b"PK\x03\x04" or written != info.orig_filename.encode() or info.header_offset < end:
-            raise CheckpointError(f"{self.path}: archive entry {name} does not lie where the directory says; the file is damaged")
+            raise CheckpointError(
+                f"{self.path}: archive entry {name} does not lie where the directory says; the file is damaged"
+            )
         if begin + info.file_size > len(self.data):
-            raise CheckpointError(f"{self.path}: truncated: have {len(self.data)} bytes, entry {name} needs {begin + info.file_size}")
+            raise CheckpointError(
+                f"{self.path}: truncated: have {len(self.data)} bytes, entry {name} needs {begin + info.file_size}"
+            )
         return begin
 
     def bytes(self, name: str) -> bytes:
@@ -147,7 +161,9 @@ class Archive:
         begin, size, crc = self.entries[name]
         if crc >= 0:
             if zlib.crc32(self.data[begin : begin + size].numpy()) != crc:
-                raise CheckpointError(f"{self.path}: archive entry {one_line(name)} is damaged (CRC differs); download it again")
+                raise CheckpointError(
+                    f"{self.path}: archive entry {one_line(name)} is damaged (CRC differs); download it again"
+                )
             self.entries[name] = (begin, size, -1)
         return self.entries[name]
 
@@ -157,7 +173,9 @@ class Archive:
         check_shape(self.path, name, shape)
         entry = f"{self.root}data/{storage.key}"
         if entry not in self.entries:
-            raise CheckpointError(f"{self.path}: tensor {name}: its storage {one_line(entry)} is missing; the file is damaged")
+            raise CheckpointError(
+                f"{self.path}: tensor {name}: its storage {one_line(entry)} is missing; the file is damaged"
+            )
         begin, size, _ = self.entries[entry]
         if storage.count * storage.dtype.itemsize != size:
             raise CheckpointError(
@@ -166,15 +184,25 @@ class Archive:
             )
         check_shape(self.path, name, stride)
         elements = torch.Size(shape).numel()
-        last = claim.offset + sum((n - 1) * s for n, s in zip(shape, stride, strict=True)) if elements else claim.offset - 1
-        if elements > storage.count or last >= storage.count or any(n > 1 and s == 0 for n, s in zip(shape, stride, strict=True)):
+        last = (
+            claim.offset + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
+            if elements
+            else claim.offset - 1
+        )
+        if (
+            elements > storage.count
+            or last >= storage.count
+            or any(n > 1 and s == 0 for n, s in zip(shape, stride, strict=True))
+        ):
             raise CheckpointError(
                 f"{self.path}: tensor {name}: claims {elements} elements (shape {list(shape)}, stride {list(stride)}) "
                 f"from a storage of {storage.count}"
             )
         self.checked(entry)
         flat = view(self.path, name, self.data, begin, storage.dtype, (storage.count,))
-        return flat.as_strided(shape, stride, flat.storage_offset() + claim.offset) if elements else flat.new_empty(shape)
+        return (
+            flat.as_strided(shape, stride, flat.storage_offset() + claim.offset) if elements else flat.new_empty(shape)
+        )
 
 
 # ---------------------------------------------------------------- the pickle
@@ -215,7 +243,9 @@ class Machine:
                 stack.append(argument)
             case "UNICODE" | "BINUNICODE" | "SHORT_BINUNICODE" | "BINUNICODE8":
                 stack.append(argument)
-            case "STRING" | "BINSTRING" | "SHORT_BINSTRING" | "BINBYTES" | "SHORT_BINBYTES" | "BINBYTES8" | "BYTEARRAY8":
+            case (
+                "STRING" | "BINSTRING" | "SHORT_BINSTRING" | "BINBYTES" | "SHORT_BINBYTES" | "BINBYTES8" | "BYTEARRAY8"
+            ):
                 stack.append(argument)
             case "EMPTY_DICT" | "EMPTY_LIST" | "EMPTY_TUPLE" | "EMPTY_SET":
                 stack.append({"EMPTY_DICT": {}, "EMPTY_TUPLE": ()}.get(op, []))  # a set stays a list: nothing is hashed

@@ -52,10 +52,14 @@ class Report:
     def to_text(self) -> str:
         lines = [f"{self.path}: {self.what}"]
         if self.kind == "model":
-            lines.append(f"  family {self.family}, {self.layout} layout, predicts {self.prediction}, sampler {self.scheduler['sampler']}")
+            lines.append(
+                f"  family {self.family}, {self.layout} layout, predicts {self.prediction}, sampler {self.scheduler['sampler']}"
+            )
         for name, part in self.parts.items():
             into = f" -> {part.into}" if part.into else ""
-            lines.append(f"  {name}: {part.tensors} tensors, {part.parameters / 1e6:.1f} M parameters, {part.dtype}{into}")
+            lines.append(
+                f"  {name}: {part.tensors} tensors, {part.parameters / 1e6:.1f} M parameters, {part.dtype}{into}"
+            )
         lines += [f"  {name}: {where}" for name, where in self.tokenizers.items()]
         if self.unused:
             lines.append(f"  known and unused: {len(self.unused)}: {', '.join(self.unused)}")
@@ -70,9 +74,13 @@ def inspect(path: str | Path, *, variant: str | None = None, values: bool = True
     if path.is_dir():
         if (path / "unet").is_dir() or (path / "model_index.json").exists():
             return of_model(ck.read(path, variant=variant), values)
-        inside = sorted(file for file in path.iterdir() if file.suffix in (".safetensors", ".bin", ".ckpt", ".pt", ".pth"))
+        inside = sorted(
+            file for file in path.iterdir() if file.suffix in (".safetensors", ".bin", ".ckpt", ".pt", ".pth")
+        )
         if len(inside) != 1:
-            raise CheckpointError(f"{path}: is no model folder (no unet/) and holds {len(inside)} weight files, expected one")
+            raise CheckpointError(
+                f"{path}: is no model folder (no unet/) and holds {len(inside)} weight files, expected one"
+            )
         path = inside[0]
     file = files.read(path)
     kind = detect.kind_of(file.tensors)
@@ -108,7 +116,9 @@ def of_model(source: ck.Checkpoint, values: bool) -> Report:
 
 def of_other(file: files.WeightFile, kind: detect.Kind, values: bool) -> Report:
     if values:
-        check_values(kind.name, {name: tensor for name, tensor in file.tensors.items() if tensor.is_floating_point()}, file.path)
+        check_values(
+            kind.name, {name: tensor for name, tensor in file.tensors.items() if tensor.is_floating_point()}, file.path
+        )
     return Report(
         path=str(file.path),
         kind=kind.name,
@@ -117,10 +127,19 @@ def of_other(file: files.WeightFile, kind: detect.Kind, values: bool) -> Report:
         layout=file.format,
         parts={"file": count(file.tensors)},
         notes=[f"pickle global left inert: {name}" for name in file.inert],
-        metadata={key: value for key, value in file.metadata.items() if key.startswith(("modelspec.", "ss_base", "ss_network_", "format"))},
+        metadata={
+            key: value
+            for key, value in file.metadata.items()
+            if key.startswith(("modelspec.", "ss_base", "ss_network_", "format"))
+        },
     )
 
 
 def count(tensors: dict[str, Tensor], into: str = "") -> Part:
     dtypes = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values())
-    return Part(len(tensors), sum(t.numel() for t in tensors.values()), ", ".join(name for name, _ in dtypes.most_common()), into)
+    return Part(
+        len(tensors),
+        sum(t.numel() for t in tensors.values()),
+        ", ".join(name for name, _ in dtypes.most_common()),
+        into,
+    )
