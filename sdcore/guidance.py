@@ -1,7 +1,8 @@
 """Guidance: from a network and its conditions to `denoise(x, step) -> x0`, the one function that samplers ask for.
 
-A network predicts noise (epsilon), velocity (v) or the clean latent for a *given* text. Classifier-free guidance (2207.12598) asks it
-twice, with the prompt and with the negative prompt, and extrapolates from the second answer beyond the first:
+A network predicts noise (epsilon), velocity (v) or the clean latent for a *given* text. Classifier-free guidance
+(2207.12598) asks it twice, with the prompt and with the negative prompt, and extrapolates from the second answer
+beyond the first:
 
     output = negative + guidance * (positive - negative)
 
@@ -17,14 +18,13 @@ from torch import Tensor
 from sdcore.errors import ConfigError
 from sdcore.samplers import Denoise, Step
 
-# (network input [n, c, h, w], step) -> output [n, c, h, w]; n is b, or 2b with the b negative conditions first. The conditions are
-# the caller's to hold: it closes over them, and over what it has computed once per image or once per step (step.i is the index).
+# (network input [n, c, h, w], step) -> output [n, c, h, w]; n is b, or 2b with the b negative conditions first. The conditions
+# are the caller's to hold: a closure over them, and over what was computed once per image or once per step (index step.i).
 Network = Callable[[Tensor, Step], Tensor]
 
 
 def denoiser(
     network: Network,
-    positive: Network | None = None,
     *,
     guidance: float = 1.0,
     rescale: float = 0.0,
@@ -32,9 +32,8 @@ def denoiser(
 ) -> Denoise:
     """Turns a network into `denoise(x, step) -> x0`.
 
-    network   called with both halves in one batch of 2b (negative first) while guidance acts
-    positive  the same network with the positive conditions alone, for a batch of b: called where guidance does not act. None: `network`
-              itself is called with b images there (then it must look at the size of its batch)
+    network   called with a batch of 2b (negative conditions first) while guidance acts, and of b (the positive ones) where it
+              does not: it looks at the size of its batch
     guidance  1 and below: off, and the batch is not doubled (as diffusers)
     rescale   share of the way by which the guided output is brought back to the positive one's standard deviation: see `rescaled`
     interval  sigmas (low, high): guidance acts only at noise levels low <= sigma <= high (2404.07724: at very high noise it costs
@@ -47,7 +46,6 @@ def denoiser(
         raise ConfigError(f"guidance rescale must lie between 0 and 1, found {rescale}")
     if not 0 <= low <= high:
         raise ConfigError(f"a guidance interval must satisfy 0 <= low <= high (sigmas), found {interval}")
-    alone = positive or network
 
     def denoise(x: Tensor, step: Step) -> Tensor:
         entry = x * step.input_scale
@@ -57,7 +55,7 @@ def denoiser(
             if rescale:
                 output = rescaled(output, wanted, rescale)
         else:
-            output = alone(entry, step).to(x.dtype)
+            output = network(entry, step).to(x.dtype)
         return to_x0(x, output, step)
 
     return denoise
@@ -70,8 +68,8 @@ def to_x0(x: Tensor, output: Tensor, step: Step) -> Tensor:
 
 
 def rescaled(guided: Tensor, positive: Tensor, share: float) -> Tensor:
-    """Guidance makes outputs too wide, hence pictures overexposed: brings each image's standard deviation back to that of the positive
-    output, `share` of the way. Source: Lin et al. (2305.08891) eq. 15 and 16."""
+    """Guidance makes outputs too wide, hence pictures overexposed: brings each image's standard deviation back to
+    that of the positive output, `share` of the way. Source: Lin et al. (2305.08891) eq. 15 and 16."""
     axes = tuple(range(1, guided.ndim))
     narrow = guided * (positive.std(dim=axes, keepdim=True) / guided.std(dim=axes, keepdim=True))
     return share * narrow + (1 - share) * guided

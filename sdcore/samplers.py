@@ -1,306 +1,61 @@
-"""Samplers: from noise to a latent, one noise level after the other.
+"""Sampling: from noise to a latent, one noise level after the other.
 
-How to read this file. A sampler asks the network again and again for its best guess x0 of the clean latent, and moves x a little
-towards it. All of them have one thing in common: the next x is a *weighted sum* of the x's and x0's seen so far, plus fresh noise
-for the stochastic ones. They differ in the weights alone. So each sampler below is written once, as the equations of its paper,
-over symbols (`Sum`), and is run once before sampling starts (`make_steps`); what comes out is a list of `Step`s that hold the
-weights as Python floats. While sampling, `advance` is then the same five lines for every sampler: pure, easy to capture in a
-graph, and the Gaussian that it draws from, `mean_std`, is at hand for whoever needs its density.
+`make_steps` works out everything that does not depend on the picture: which noise levels, and with which weights
+each move combines what was seen (solvers.py has the equations). What is left to do for a picture is the same for
+every sampler: `advance`, one weighted sum, pure and easy to capture in a graph. `mean_std` is the Gaussian that it
+draws from, for whoever needs its density. `sample` is the loop.
 
     steps = make_steps(SD15_SCHEDULER, 20, "dpmpp_2m", "karras")
     noise = Noise([seed_of_image_0, seed_of_image_1])
     x = initial(noise.draw(4, 64, 64), steps)
     for step, x, x0 in sample(denoise, x, steps, noise=noise): ...
 
-The parts: `Step`, `advance`, `sample`, `Noise` (what runs); `Sum`, `Plan`, `make_steps` (what prepares); then the samplers.
-x is [b, c, h, w], in fp32 whatever the network computes in: at small noise levels a half-precision x would round the picture away.
+x is [b, c, h, w], and in fp32 whatever the network computes in: at small noise levels a half-precision x would
+round the picture away.
 """
 
-import inspect
-import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
 from functools import reduce
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from sdcore.errors import ConfigError
 from sdcore.scheduler import (
     DIFFUSION,
-    EXPONENTIAL,
-    KARRAS,
-    KARRAS_DOUBLE,
-    KARRAS_ROUNDED,
     SCHEDULES,
     SPACINGS,
-    Family,
     Point,
     SchedulerConfig,
-    check_choice,
+    Step,
     check_config,
     check_count,
     distilled,
     grid,
-    sigmas,
     table_point,
-    timestep_of,
     unknown,
 )
+from sdcore.solvers import SAMPLERS, Plan
 
-Denoise = Callable[[Tensor, "Step"], Tensor]  # (x, step) -> x0
+__all__ = [
+    "SAMPLERS",
+    "SCHEDULES",
+    "Denoise",
+    "History",
+    "Noise",
+    "Step",
+    "add_noise",
+    "advance",
+    "initial",
+    "make_steps",
+    "mean_std",
+    "memory",
+    "sample",
+]
+
+Denoise = Callable[[Tensor, Step], Tensor]  # (x, step) -> x0
 History = Sequence[tuple[Tensor, Tensor]]  # earlier (x, x0), the latest first
-
-# ------------------------------------------------------------------------------------------------------------------------
-# What runs
-
-
-@dataclass(frozen=True)
-class Step:
-    """One evaluation of the network and the move after it. All numbers are Python floats, worked out beforehand.
-
-    On entering, x = signal * x0 + noise * n with n ~ N(0, 1). The network is handed x * input_scale and the timestep t, and its
-    output turns into x0 = x0_from_x * x + x0_from_out * output, whatever it was trained to predict.
-    """
-
-    i: int  # index into the list of steps
-    t: float  # timestep for the network; fractional for some samplers
-    sigma: float  # noise per unit of signal (VE noise level)
-    alpha_bar: float  # the signal's share of the power (VP noise level)
-    signal: float
-    noise: float
-    input_scale: float
-    x0_from_x: float
-    x0_from_out: float
-    start_scale: float  # unit noise times this is an x to start from here
-    weights: tuple[tuple[float, float], ...] = ()  # of (x, x0): now, one step ago, two steps ago, ...
-    std: float = 0.0  # of the fresh noise
-
-
-def mean_std(x: Tensor, x0: Tensor, step: Step, history: History = ()) -> tuple[Tensor, float]:
-    """The Gaussian that the next x is drawn from: its mean, like x, and its standard deviation (0 where nothing is drawn)."""
-    # Separate multiplications and additions: a fused one would round differently in the vectorised and the scalar part of a
-    # loop, and so make an image depend on its place in the batch.
-    total = None
-    for (wx, w0), (old_x, old_x0) in zip(step.weights, [(x, x0), *history], strict=False):
-        for weight, tensor in ((wx, old_x), (w0, old_x0)):
-            if weight:
-                total = tensor * weight if total is None else total + tensor * weight
-    assert total is not None
-    return total, step.std
-
-
-def advance(x: Tensor, x0: Tensor, step: Step, history: History = (), noise: Tensor | None = None) -> Tensor:
-    """The next x. `noise` is standard normal, like x, and needed where step.std > 0. Pure."""
-    mean, std = mean_std(x, x0, step, history)
-    return mean + noise * std if std else mean
-
-
-def memory(steps: Sequence[Step]) -> int:
-    """How many earlier (x, x0) the steps look back to."""
-    return max(len(step.weights) for step in steps) - 1
-
-
-def initial(noise: Tensor, steps: Sequence[Step]) -> Tensor:
-    """The x to start from, out of standard normal noise: noise scaled to the level of the first step."""
-    return noise * steps[0].start_scale
-
-
-def add_noise(x0: Tensor, noise: Tensor, step: Step) -> Tensor:
-    """The clean latent x0 with noise as at the entry of `step` (image-to-image starts from this, masks blend with it)."""
-    return x0 * step.signal + noise * step.noise
-
-
-def sample(
-    denoise: Denoise,
-    x: Tensor,
-    steps: Sequence[Step],
-    *,
-    noise: Callable[[Tensor], Tensor] | None = None,
-    edit: Callable[[Tensor, Step | None], Tensor] | None = None,
-) -> Iterator[tuple[Step, Tensor, Tensor]]:
-    """Walks down the steps; yields (step, x after the step, x0 that the network saw in it). The last x is the result.
-
-    denoise   (x, step) -> x0
-    noise     x -> standard normal noise like x, such as a `Noise`; needed by stochastic samplers only
-    edit      (next x, the step it enters or None at the end) -> x: a last word on every x, for masks
-
-    Gradients flow if the caller lets them. Raises ConfigError when the sampler draws noise and none is given.
-    """
-    if noise is None and any(step.std for step in steps):
-        raise ConfigError("this sampler draws noise: pass noise=Noise(seeds), one seed per image")
-    depth = memory(steps)
-    history: list[tuple[Tensor, Tensor]] = []
-    for step in steps:
-        x0 = denoise(x, step)
-        fresh = noise(x) if step.std and noise is not None else None
-        new = advance(x, x0, step, history, fresh)
-        history = [(x, x0), *history][:depth]
-        x = new if edit is None else edit(new, steps[step.i + 1] if step.i + 1 < len(steps) else None)
-        yield step, x, x0
-
-
-class Noise:
-    """Standard normal noise from one CPU generator per image, so that image k of a batch draws exactly what it would draw
-    alone with its seed, on whatever device it is computed. fp32; ConfigError for seeds that are no integers."""
-
-    def __init__(self, seeds: Sequence[int]):
-        if not len(seeds):
-            raise ConfigError("noise needs at least one seed")
-        for seed in seeds:
-            if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
-                raise ConfigError(f"a seed must be a whole number from 0 to 2**64 - 1, found {seed!r}")
-        self.generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-
-    def draw(self, *shape: int) -> Tensor:
-        """[len(seeds), *shape] fp32 on the CPU: the next numbers of every image's own stream."""
-        return torch.stack([torch.randn(shape, generator=g) for g in self.generators])
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Noise like x, whose first dimension counts the images."""
-        if len(x) != len(self.generators):
-            raise ConfigError(f"{len(self.generators)} seeds were given for {len(x)} images: give one seed per image")
-        return self.draw(*x.shape[1:]).to(x)
-
-
-# ------------------------------------------------------------------------------------------------------------------------
-# What prepares
-
-
-class Sum:
-    """A weighted sum of x's and x0's that do not exist yet: {(evaluation, "x" or "x0"): weight}. Add them, scale them."""
-
-    def __init__(self, weights: dict[tuple[int, str], float]):
-        self.weights = weights
-
-    def __add__(self, other: "Sum") -> "Sum":
-        names = self.weights | other.weights
-        return Sum({name: self.weights.get(name, 0.0) + other.weights.get(name, 0.0) for name in names})
-
-    def __mul__(self, factor: float) -> "Sum":
-        return Sum({name: weight * factor for name, weight in self.weights.items()})
-
-    __rmul__ = __mul__
-
-    def __sub__(self, other: "Sum") -> "Sum":
-        return self + other * -1.0
-
-    def __truediv__(self, divisor: float) -> "Sum":
-        return self * (1.0 / divisor)
-
-
-ZERO = Sum({})
-
-
-@dataclass
-class Plan:
-    """What a sampler writes into while it is run over symbols: `look` is one evaluation of the network, `go` the move after it.
-
-    `points` is the way down; `space` says in which way x is written ("ve" or "vp", see scheduler.py). After `look`, `out` is what
-    the network itself predicted (epsilon or v), and `eps` the noise, both as sums of x and x0.
-    """
-
-    config: SchedulerConfig
-    points: list[Point]
-    space: str
-    n: int = 0  # levels of the whole way, also where it is entered further down
-    start_at_sigma: bool = True
-    stride: int = 0  # timesteps from one point to the next, where they are evenly spaced
-    steps: list[Step] = field(default_factory=list)
-    eps: Sum = ZERO
-    out: Sum = ZERO
-
-    def pairs(self) -> Iterator[tuple[Point, Point]]:
-        """Each point with the next one."""
-        return zip(self.points[:-1], self.points[1:], strict=True)
-
-    def scales(self, at: Point) -> tuple[float, float]:
-        """(signal, noise) with which x is written at this level: x = signal * x0 + noise * n."""
-        if self.space == "ve":
-            return 1.0, at.sigma
-        return math.sqrt(at.alpha_bar), math.sqrt(1 - at.alpha_bar)
-
-    def look(self, at: Point) -> tuple[Sum, Sum]:
-        """Evaluates the network at this noise level. Returns x and x0 as symbols."""
-        signal, noise = self.scales(at)
-        scale = 1 / math.sqrt(at.sigma**2 + 1) if self.space == "ve" else 1.0
-        kind = self.config.prediction_type
-        if kind == "epsilon" and not signal:
-            raise ConfigError("an epsilon model says nothing where no signal is left (zero_snr): it must predict v or the sample")
-        if kind == "epsilon":  # x = signal x0 + noise eps
-            from_x, from_out = 1 / signal, -noise / signal
-        elif kind == "v_prediction":  # v = a eps - s x0 (2202.00512, appendix D), so x0 = a x - s v, with x and a, s in VP form
-            from_x, from_out = signal * scale**2, -noise * scale
-        else:
-            from_x, from_out = 0.0, 1.0
-        # Unit noise starts a VE sampler at the noisiest sigma; below that (leading) x has the full variance sigma^2 + 1. As diffusers.
-        start = 1.0
-        if self.space == "ve":
-            start = at.sigma if self.start_at_sigma else math.sqrt(at.sigma**2 + 1)
-        i = len(self.steps)
-        self.steps.append(Step(i, at.t, at.sigma, at.alpha_bar, signal, noise, scale, from_x, from_out, start))
-        x, x0 = Sum({(i, "x"): 1.0}), Sum({(i, "x0"): 1.0})
-        self.eps = (x - x0 * signal) / noise
-        self.out = {"epsilon": self.eps, "v_prediction": (x0 - x * from_x) / from_out, "sample": x0}[kind]
-        return x, x0
-
-    def point(self, sigma: float) -> Point:
-        """The noise level of a sigma of one's own, with its fractional timestep."""
-        t = timestep_of(np.array(sigma), np.log(sigmas(self.config)))
-        return Point(float(t), sigma, 1 / (sigma**2 + 1))
-
-    def middles(self, upper: list[Point], lower: list[Point] | None = None) -> list[Point]:
-        """Halfway in log sigma between each point and the next one (of `lower`), in fp32 as a whole, since it is compared bit by bit."""
-        above = torch.tensor([p.sigma for p in upper])
-        below = torch.tensor([p.sigma for p in lower or upper])
-        middle = below.log().lerp(above.roll(1).log(), 0.5).exp()[1:]
-        t = timestep_of(middle.numpy(), np.log(sigmas(self.config)))
-        return [Point(t, s, 1 / (s * s + 1)) for t, s in zip(t.tolist(), middle.tolist(), strict=True)]
-
-    def below(self, here: Point, stride: int | None = None) -> Point:
-        """The noise level one stride below an integer timestep."""
-        return table_point(self.config, int(here.t) - (self.stride if stride is None else stride))
-
-    def go(self, mean: Sum, std: float = 0.0) -> None:
-        """The next x is drawn from N(mean, std^2)."""
-        i = len(self.steps) - 1
-        first = min(k for (k, _), weight in mean.weights.items() if weight)
-        weights = tuple(
-            (mean.weights.get((k, "x"), 0.0), mean.weights.get((k, "x0"), 0.0)) for k in range(i, first - 1, -1)
-        )
-        self.steps[i] = replace(self.steps[i], weights=weights, std=std)
-
-
-@dataclass(frozen=True)
-class Sampler:
-    """One entry of SAMPLERS: the function that fills a plan, its space, and how its points are laid."""
-
-    plan: Callable[..., None]
-    space: str
-    family: Family
-    last: str = "zero"
-    last_of_curve: str = "zero"
-    distilled: bool = False
-    spacings: bool = False  # takes the even spacings only, no curve of sigmas
-
-    @property
-    def options(self) -> dict[str, object]:
-        """Its options and their defaults."""
-        return {k: p.default for k, p in inspect.signature(self.plan).parameters.items() if k != "plan"}
-
-
-SAMPLERS: dict[str, Sampler] = {}
-
-
-def sampler(space: str, family: Family, **how) -> Callable:
-    """Enters a function into SAMPLERS under its own name."""
-
-    def enter(plan: Callable[..., None]) -> Callable[..., None]:
-        SAMPLERS[plan.__name__] = Sampler(plan, space, family, **how)
-        return plan
-
-    return enter
 
 
 def make_steps(
@@ -324,8 +79,8 @@ def make_steps(
     final_sigma  "zero" or "sigma_min": where the way ends; None is the sampler's own
     options      the sampler's own: `SAMPLERS[name].options`
 
-    Second-order single-step samplers look twice per level: they return up to 2n - 1 steps. Raises ConfigError for a name or option
-    that is not known (with the nearest ones that are) and for a count outside 1 .. train_steps.
+    Second-order single-step samplers look twice per level: they return up to 2n - 1 steps. Raises ConfigError for a
+    name or option that is not known (with the nearest ones that are) and for a count outside 1 .. train_steps.
     """
     check_config(config)
     name = sampler or config.sampler
@@ -334,448 +89,144 @@ def make_steps(
     if schedule is not None and schedule not in SCHEDULES:
         raise unknown("schedule", schedule, SCHEDULES)
     entry = SAMPLERS[name]
-    for key in options:
-        if key not in entry.options:
-            raise unknown(f"option of {name}", key, entry.options)
+    check_options(name, entry.options, options)
     own = timesteps if timesteps is not None else sigma_list
     n = check_count(n if own is None else len(own), config.train_steps)
-    if start:
-        check_count(start, n - 1, "start")
-    if entry.spacings and (schedule not in (None, *SPACINGS) or own is not None):
-        raise ConfigError(f"{name} needs evenly spaced timesteps, not {schedule or 'levels of your own'}: use {', '.join(SPACINGS)}")
-    if entry.distilled and (schedule is not None or own is not None):
-        raise ConfigError(f"{name} keeps to the timesteps its model was distilled on: leave schedule, timesteps and sigmas out")
-    if entry.distilled:
+    if isinstance(start, bool) or not isinstance(start, int) or not 0 <= start < n:
+        raise ConfigError(f"start must be a whole number from 0 to {n - 1} (of {n} steps), found {start!r}")
+    even = own is None and schedule in (None, *SPACINGS)
+    if entry.points == "even" and not even:
+        found = f"the schedule {schedule!r}" if own is None else "levels of your own"
+        raise ConfigError(f"{name} needs evenly spaced timesteps, found {found}: use {', '.join(SPACINGS)}")
+    if entry.points == "distilled":
+        if schedule or own is not None:
+            raise ConfigError(
+                f"{name} keeps to the timesteps its model was distilled on: leave schedule and levels out"
+            )
         points = [table_point(config, t) for t in distilled(config, n)]
         points.append(points[-1])
     else:
         curve = schedule in ("karras", "exponential", "beta")
         last = final_sigma or (entry.last_of_curve if curve else entry.last)
         points = grid(config, n, entry.family, schedule, last=last, timesteps=timesteps, sigma_list=sigma_list)
+        if entry.family is DIFFUSION and even:
+            points = [table_point(config, int(p.t)) for p in points[:-1]] + [Point(0.0, 0.0, 1.0)]
     spacing = schedule if schedule in SPACINGS else config.spacing or entry.family.spacing
-    even = own is None and schedule in (None, *SPACINGS)
-    if entry.family is DIFFUSION and even:
-        points = [table_point(config, int(p.t)) for p in points[:-1]] + [Point(0.0, 0.0, 1.0)]
-    plan = Plan(config, points[start:], entry.space, n, stride=config.train_steps // n if even else 0)
-    plan.start_at_sigma = spacing != "leading"
-    entry.plan(plan, **options)
+    plan = Plan(
+        config=config,
+        points=points[start:],
+        space=entry.space,
+        n=n,
+        stride=config.train_steps // n if even else 0,
+        start_at_sigma=spacing != "leading",
+    )
+    entry.solve(plan, **options)
     return plan.steps
 
 
-# ------------------------------------------------------------------------------------------------------------------------
-# The samplers. h is a step of the clock lambda = log(signal / noise); eps is the noise that x seems to contain.
+def check_options(name: str, known: dict[str, Any], given: dict[str, Any]) -> None:
+    """Raises ConfigError for an option that the sampler does not have, or of another kind than its default."""
+    for key, value in given.items():
+        if key not in known:
+            raise unknown(f"option of {name}", key, known)
+        default = known[key]
+        if isinstance(default, float):
+            fits = isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0
+            wanted = "a number that is not negative"
+        else:
+            fits, wanted = type(value) is type(default), f"of type {type(default).__name__}"
+        if not fits:
+            raise ConfigError(f"option {key} of {name} must be {wanted} (such as {default!r}), found {value!r}")
 
 
-@sampler("vp", DIFFUSION)
-def ddpm(plan: Plan, *, variance: str = "small") -> None:
-    """Ancestral sampling: the posterior q(x_next | x, x0). 2006.11239 eq. 6 and 7, on a subset of the timesteps. `variance` "small" is
-    that posterior's own, "large" is beta: the two extremes of section 3.2. Follows diffusers."""
-    check_choice("variance", variance, ("small", "large"))
-    for here, there in plan.pairs():
-        x, x0 = plan.look(here)
-        a, b = here.alpha_bar, there.alpha_bar
-        beta = 1 - a / b
-        var = beta if variance == "large" else (1 - b) / (1 - a) * beta
-        mean = math.sqrt(b) * beta / (1 - a) * x0 + math.sqrt(a / b) * (1 - b) / (1 - a) * x
-        plan.go(mean, math.sqrt(var) if here.t > 0 else 0.0)
+def mean_std(x: Tensor, x0: Tensor, step: Step, history: History = ()) -> tuple[Tensor, float]:
+    """The Gaussian that the next x is drawn from: its mean, like x, and its standard deviation (0 where nothing is
+    drawn)."""
+    # A separate multiplication and addition for every term: a fused one would round differently in the vectorised and in the
+    # scalar part of a loop, and so make an image depend on its place in the batch.
+    seen = [(x, x0), *history]
+    terms = [
+        tensor * weight
+        for pair, weights in zip(seen, step.weights, strict=False)
+        for tensor, weight in zip(pair, weights, strict=True)
+        if weight
+    ]
+    return reduce(torch.add, terms), step.std
 
 
-@sampler("vp", DIFFUSION)
-def ddim(plan: Plan, *, eta: float = 0.0) -> None:
-    """Denoising diffusion implicit models: x0 now, with the same eps put back at the next level. 2010.02502 eq. 12 and 16; eta = 1 is as
-    random as ddpm. Follows diffusers, where every move spans train_steps // n timesteps whatever the spacing."""
-    for here, there in plan.pairs():
-        x, x0 = plan.look(here)
-        there = plan.below(here) if plan.stride else there
-        a, b = here.alpha_bar, there.alpha_bar
-        std = eta * math.sqrt((1 - b) / (1 - a) * (1 - a / b))
-        plan.go(math.sqrt(b) * x0 + math.sqrt(1 - b - std**2) * plan.eps, std)
+def advance(x: Tensor, x0: Tensor, step: Step, history: History = (), noise: Tensor | None = None) -> Tensor:
+    """The next x. `noise` is standard normal, like x, and needed where step.std > 0. Pure."""
+    mean, std = mean_std(x, x0, step, history)
+    if not std:
+        return mean
+    if noise is None:
+        raise ConfigError("this step draws noise: pass noise, standard normal and like x")
+    return mean + noise * std
 
 
-@sampler("vp", DIFFUSION, spacings=True)
-def pndm(plan: Plan) -> None:
-    """Pseudo linear multistep, "PLMS": ddim along an eps extrapolated from the last four. 2202.09778 eq. 9 and 12. It warms up with
-    formulas of rising order, of which the first looks twice; or, with `skip_prk_steps=False`, with Runge-Kutta over the first three
-    intervals. Follows diffusers, which mixes the network's raw outputs (v for a v model)."""
-    outs: list[Sum] = []
-    points = plan.points[:-1]
-
-    def move(x: Sum, out: Sum, here: Point, there: Point) -> Sum:
-        a, b = here.alpha_bar, there.alpha_bar
-        if plan.config.prediction_type == "v_prediction":
-            out = math.sqrt(a) * out + math.sqrt(1 - a) * x
-        return math.sqrt(b / a) * x - out * ((b - a) / (a * math.sqrt(1 - b) + math.sqrt(a * (1 - a) * b)))
-
-    if plan.config.prediction_type == "sample":
-        raise ConfigError("pndm needs an epsilon or v_prediction model: choose another sampler for a model that predicts x0")
-    if not plan.config.skip_prk_steps:
-        if len(points) < 4:
-            raise ConfigError(f"pndm with Runge-Kutta needs at least 4 steps, found {len(points)}: use more or another sampler")
-        for here, there in zip(points[:3], points[1:4], strict=True):
-            middle = table_point(plan.config, int(there.t) + plan.stride // 2)
-            x, _ = plan.look(here)
-            k1 = plan.out
-            plan.go(move(x, k1, here, plan.below(here, plan.stride // 2)))
-            plan.look(middle)
-            k2 = plan.out
-            plan.go(move(x, k2, here, middle))
-            plan.look(middle)
-            k3 = plan.out
-            plan.go(move(x, k3, here, there))
-            plan.look(there)
-            plan.go(move(x, k1 / 6 + k2 / 3 + k3 / 3 + plan.out / 6, here, there))
-            outs.append(k1)
-        points = points[3:]
-    mixes = {1: (1,), 2: (3 / 2, -1 / 2), 3: (23 / 12, -16 / 12, 5 / 12), 4: (55 / 24, -59 / 24, 37 / 24, -9 / 24)}
-    warm = bool(outs)
-    first = ZERO
-    for i, here in enumerate(points):
-        x, _ = plan.look(here)
-        first = x if i == 0 else first
-        if i == 1 and not warm:  # the first move once more, now along the average of its two ends
-            plan.go(move(first, (plan.out + outs[0]) / 2, plan.below(here, -plan.stride), here))
-            x, _ = plan.look(here)
-        outs = [*outs, plan.out][-4:]
-        out = total(o * w for o, w in zip(reversed(outs), mixes[len(outs)], strict=True))
-        plan.go(move(x, out, here, plan.below(here)))
+def memory(steps: Sequence[Step]) -> int:
+    """How many earlier (x, x0) the steps look back to."""
+    return max(len(step.weights) for step in steps) - 1
 
 
-@sampler("ve", KARRAS)
-def lms(plan: Plan, *, order: int = 4) -> None:
-    """Linear multistep (Adams-Bashforth) in sigma: integrates the polynomial through the last slopes. k-diffusion `sample_lms`;
-    Hairer, Norsett & Wanner, Solving ODEs I, III.1. Follows diffusers."""
-    check_count(order, 4, "order")
-    slopes: list[Sum] = []
-    for i, (here, there) in enumerate(plan.pairs()):
-        x, x0 = plan.look(here)
-        slopes = [(x - x0) / here.sigma, *slopes][:order]
-        nodes = [plan.points[i - k].sigma for k in range(len(slopes))]
-        weights = [float(np.diff(np.polyval(np.polyint(p), (here.sigma, there.sigma)))[0]) for p in lagrange(nodes)]
-        plan.go(x + total(d * w for d, w in zip(slopes, weights, strict=True)))
+def initial(noise: Tensor, steps: Sequence[Step]) -> Tensor:
+    """The x to start from, out of standard normal noise: noise scaled to the level of the first step."""
+    return noise * steps[0].start_scale
 
 
-@sampler("ve", KARRAS)
-def euler(
-    plan: Plan, *, s_churn: float = 0.0, s_tmin: float = 0.0, s_tmax: float = math.inf, s_noise: float = 1.0
-) -> None:
-    """Euler's method on the probability flow dx/dsigma = (x - x0) / sigma. 2206.00364 algorithm 2 without its second half. s_churn adds
-    noise before the move. Follows diffusers, which asks the network before it adds that noise (the paper and k-diffusion: after)."""
-    for here, there in plan.pairs():
-        x, x0 = plan.look(here)
-        gamma = min(s_churn / len(plan.points), math.sqrt(2) - 1) if s_tmin <= here.sigma <= s_tmax else 0.0
-        hat = here.sigma * (1 + gamma)
-        # The noise n moves x0 too, by x0_from_x * n; an epsilon model's slope (x + n - x0) / hat is its output whatever n.
-        epsilon = plan.config.prediction_type == "epsilon"
-        reach = 0.0 if epsilon else (1 - plan.steps[-1].x0_from_x) * (there.sigma - hat) / hat
-        slope = (x - x0) / (here.sigma if epsilon else hat)
-        plan.go(x + slope * (there.sigma - hat), s_noise * math.sqrt(hat**2 - here.sigma**2) * (1 + reach))
+def add_noise(x0: Tensor, noise: Tensor, step: Step) -> Tensor:
+    """The clean latent x0 with noise as at the entry of `step` (image-to-image starts from this, masks blend with
+    it)."""
+    return x0 * step.signal + noise * step.noise
 
 
-@sampler("ve", KARRAS)
-def euler_a(plan: Plan, *, eta: float = 1.0, s_noise: float = 1.0) -> None:
-    """Euler ancestral: a step further down than asked, then noise back up to it. k-diffusion `sample_euler_ancestral`; diffusers is the
-    same at eta = 1, which it does not let you choose."""
-    for here, there in plan.pairs():
-        x, x0 = plan.look(here)
-        down, up = ancestral(here.sigma, there.sigma, eta)
-        plan.go(x + (x - x0) / here.sigma * (down - here.sigma), up * s_noise)
-
-
-@sampler("ve", KARRAS)
-def heun(plan: Plan) -> None:
-    """Heun's method: Euler there, look again, go the average slope. 2206.00364 algorithm 1. Two looks per level, order 2."""
-    for here, there in plan.pairs():
-        x, x0 = plan.look(here)
-        slope = (x - x0) / here.sigma
-        plan.go(x + slope * (there.sigma - here.sigma))
-        if there.sigma:
-            x_end, x0_end = plan.look(there)
-            slope_end = (x_end - x0_end) / there.sigma
-            plan.go(x + (slope + slope_end) / 2 * (there.sigma - here.sigma))
-
-
-@sampler("ve", KARRAS_ROUNDED)
-def dpm2(plan: Plan) -> None:
-    """The midpoint method, its middle halfway in log sigma. DPM-Solver-2, 2206.00927 algorithm 1, in the form of k-diffusion
-    `sample_dpm_2`. Follows diffusers (KDPM2), which does not drop the last but one sigma as k-diffusion's callers do."""
-    for (here, there), middle in zip(plan.pairs(), plan.middles(plan.points), strict=True):
-        x, x0 = plan.look(here)
-        if not there.sigma:
-            plan.go(x0)
-            continue
-        plan.go(x + (x - x0) / here.sigma * (middle.sigma - here.sigma))
-        x_mid, x0_mid = plan.look(middle)
-        plan.go(x + (x_mid - x0_mid) / middle.sigma * (there.sigma - here.sigma))
-
-
-@sampler("ve", KARRAS_ROUNDED)
-def dpm2_a(plan: Plan, *, eta: float = 1.0, s_noise: float = 1.0) -> None:
-    """`dpm2` to a level further down, then noise back up. k-diffusion `sample_dpm_2_ancestral`; diffusers the same at eta = 1."""
-    downs = [ancestral(here.sigma, there.sigma, eta) for here, there in plan.pairs()]
-    lower = [plan.points[0], *(Point(0.0, down, 1 / (down**2 + 1)) for down, _ in downs)]
-    for (here, there), middle, (down, up) in zip(plan.pairs(), plan.middles(plan.points, lower), downs, strict=True):
-        x, x0 = plan.look(here)
-        if not there.sigma:
-            plan.go(x0)
-            continue
-        plan.go(x + (x - x0) / here.sigma * (middle.sigma - here.sigma))
-        x_mid, x0_mid = plan.look(middle)
-        plan.go(x + (x_mid - x0_mid) / middle.sigma * (down - here.sigma), up * s_noise)
-
-
-@sampler("vp", EXPONENTIAL)
-def dpmpp_2m(
-    plan: Plan, *, order: int = 2, solver: str = "midpoint", lower_order_final: bool = True, euler_at_final: bool = False
-) -> None:
-    """DPM-Solver++ (2M). 2211.01095 algorithm 2 (orders 1 and 3: its appendix). `solver` is how the slope of x0 enters at order 2.
-    Follows diffusers, which falls back to order 1 on the last step and, below 15 steps, to order 2 on the last but one."""
-    exponential(plan, order, solver, 0.0, 0.0, lower_order_final, euler_at_final)
-
-
-@sampler("vp", EXPONENTIAL)
-def dpmpp_2m_sde(
-    plan: Plan,
+def sample(
+    denoise: Denoise,
+    x: Tensor,
+    steps: Sequence[Step],
     *,
-    eta: float = 1.0,
-    s_noise: float = 1.0,
-    solver: str = "midpoint",
-    lower_order_final: bool = True,
-    euler_at_final: bool = False,
-) -> None:
-    """SDE-DPM-Solver++ (2M). 2211.01095 eq. 18; eta from k-diffusion `sample_dpmpp_2m_sde`. At eta = 1 as diffusers'
-    `sde-dpmsolver++`. One independent normal per step: increments of a Brownian path over intervals that do not overlap."""
-    exponential(plan, 2, solver, eta, s_noise, lower_order_final, euler_at_final)
+    noise: Callable[[Tensor], Tensor] | None = None,
+    edit: Callable[[Tensor, Step | None], Tensor] | None = None,
+) -> Iterator[tuple[Step, Tensor, Tensor]]:
+    """Walks down the steps; yields (step, x after the step, x0 that the network saw in it). The last x is the result.
 
+    denoise   (x, step) -> x0
+    noise     x -> standard normal noise like x, such as a `Noise`; needed by stochastic samplers only
+    edit      (next x, the step it enters or None at the end) -> x: a last word on every x, for masks
 
-@sampler("ve", KARRAS)
-def dpmpp_3m_sde(plan: Plan, *, eta: float = 1.0, s_noise: float = 1.0) -> None:
-    """DPM-Solver++ (3M) SDE. k-diffusion `sample_dpmpp_3m_sde` (diffusers has none: its `sde-dpmsolver++` of order 3 has the last term's
-    sign the other way). Points as for euler; noise as in `dpmpp_2m_sde`."""
-    exponential(plan, 3, "heun", eta, s_noise, lower_order_final=False, euler_at_final=False)
-
-
-def exponential(
-    plan: Plan, order: int, solver: str, eta: float, s_noise: float, lower_order_final: bool, euler_at_final: bool
-) -> None:
-    """The multistep DPM-Solver++ family: the linear part is solved exactly and x0, as a function of lambda, is extrapolated by a
-    polynomial through the last `order` values. With eta the way is walked (1 + eta) times as far, and noise makes up for it:
-
-        x' = (noise'/noise) e^(-eta h) x + signal' (1 - e^-H) D0 + signal' phi_2 D1 - signal' phi_3 D2,    H = (1 + eta) h
+    Gradients flow if the caller lets them. Raises ConfigError when the sampler draws noise and none is given.
     """
-    check_count(order, 3, "order")
-    check_choice("solver", solver, ("midpoint", "heun"))
-    clocks: list[float] = []
-    guesses: list[Sum] = []
-    short = lower_order_final and plan.n < 15
-    for i, (here, there) in enumerate(plan.pairs()):
-        x, x0 = plan.look(here)
-        guesses, clocks = [x0, *guesses][:3], [clock(here), *clocks][:3]
-        (_, noise), (signal, noise_next) = plan.scales(here), plan.scales(there)
-        h = clock(there) - clocks[0]
-        if h <= 0:  # the way ends where it already is
-            plan.go(x)
-            continue
-        left = len(plan.points) - 1 - i  # moves, this one included
-        k = min(order, i + 1, 2 if left == 2 and short else 3)
-        if not there.sigma or (left == 1 and (short or euler_at_final)):
-            k = 1
-        far = (1 + eta) * h
-        fall = -math.expm1(-far)
-        mean = x * (noise_next / noise * (math.exp(-eta * h) if eta else 1.0)) + x0 * (signal * fall)
-        if k > 1:
-            phi_2 = 1 - fall / far
-            r0 = (clocks[0] - clocks[1]) / h
-            d1 = (guesses[0] - guesses[1]) / r0
-            if k == 2:
-                mean = mean + d1 * (signal * (phi_2 if solver == "heun" else fall / 2))
-            else:
-                r1 = (clocks[1] - clocks[2]) / h
-                d1_old = (guesses[1] - guesses[2]) / r1
-                d2 = (d1 - d1_old) / (r0 + r1)
-                mean = mean + (d1 + d2 * r0) * (signal * phi_2) - d2 * (signal * (phi_2 / far - 0.5))
-        plan.go(mean, s_noise * noise_next * math.sqrt(-math.expm1(-2 * eta * h)) if eta else 0.0)
+    if not noise and any(step.std for step in steps):
+        raise ConfigError("this sampler draws noise: pass noise=Noise(seeds), one seed per image")
+    depth = memory(steps)
+    history: list[tuple[Tensor, Tensor]] = []
+    for step in steps:
+        x0 = denoise(x, step)
+        new = advance(x, x0, step, history, noise(x) if noise and step.std else None)
+        history = [(x, x0), *history][:depth]
+        x = edit(new, steps[step.i + 1] if step.i + 1 < len(steps) else None) if edit else new
+        yield step, x, x0
 
 
-@sampler("ve", KARRAS)
-def dpmpp_2s_a(plan: Plan, *, eta: float = 1.0, s_noise: float = 1.0) -> None:
-    """DPM-Solver++ (2S) ancestral: 2211.01095 algorithm 1 with r = 1/2, to a level further down, then noise back up. k-diffusion
-    `sample_dpmpp_2s_ancestral` (diffusers has none). Points as for euler."""
-    for here, there in plan.pairs():
-        x, x0 = plan.look(here)
-        down, up = ancestral(here.sigma, there.sigma, eta)
-        if not down:
-            plan.go(x0)
-            continue
-        middle = plan.point(math.sqrt(here.sigma * down))
-        plan.go(mixed(x, x0, middle.sigma / here.sigma))
-        _, x0_mid = plan.look(middle)
-        plan.go(mixed(x, x0_mid, down / here.sigma), up * s_noise)
+class Noise:
+    """Standard normal noise from one CPU generator per image, so that image k of a batch draws exactly what it
+    would draw alone with its seed, on whatever device it is computed. fp32; ConfigError for seeds that are no
+    integers."""
 
+    def __init__(self, seeds: Sequence[int]):
+        if not len(seeds):
+            raise ConfigError("noise needs at least one seed")
+        for seed in seeds:
+            if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
+                raise ConfigError(f"a seed must be a whole number from 0 to 2**64 - 1, found {seed!r}")
+        self.generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
 
-@sampler("ve", KARRAS_DOUBLE)
-def dpmpp_sde(plan: Plan, *, eta: float = 1.0, s_noise: float = 1.0) -> None:
-    """DPM-Solver++ SDE, single step, r = 1/2. k-diffusion `sample_dpmpp_sde`, diffusers' DPMSolverSDE (eta = 1).
+    def draw(self, *shape: int) -> Tensor:
+        """[len(seeds), *shape] fp32 on the CPU: the next numbers of every image's own stream."""
+        return torch.stack([torch.randn(shape, generator=g) for g in self.generators])
 
-    Its two noises per level are increments of one Brownian path W(sigma): over [middle, here], then over [there, here], which contains
-    the first. The peers read them off a path that they refine with torchsde; here the second is put together from the first and a fresh
-    normal for the rest of the interval, which is the same law."""
-    for here, there in plan.pairs():
-        x, x0 = plan.look(here)
-        if not there.sigma:
-            plan.go(x0)
-            continue
-        middle = plan.point(math.sqrt(here.sigma * there.sigma))
-        down, up = ancestral(here.sigma, middle.sigma, eta)
-        halfway = mixed(x, x0, down / here.sigma)
-        plan.go(halfway, up * s_noise)
-        x_mid, x0_mid = plan.look(middle)
-        down, up_far = ancestral(here.sigma, there.sigma, eta)
-        mean, std = mixed(x, x0_mid, down / here.sigma), up_far * s_noise
-        if up * s_noise:
-            share = (here.sigma - middle.sigma) / (here.sigma - there.sigma)
-            mean = mean + (x_mid - halfway) * (std * math.sqrt(share) / (up * s_noise))
-            std *= math.sqrt(1 - share)
-        plan.go(mean, std)
-
-
-@sampler("vp", EXPONENTIAL)
-def unipc(
-    plan: Plan, *, order: int = 2, variant: str = "bh2", corrector: bool = True, lower_order_final: bool = True
-) -> None:
-    """UniPC: a multistep predictor of x0, and a corrector that reuses its evaluation for the step before. 2302.04867 algorithms 5 to 8,
-    data prediction; `variant` is its B(h): bh1 = h, bh2 = e^h - 1. Follows diffusers (bh2, order 2; A1111 has bh1, order 3)."""
-    check_count(order, 3, "order")
-    check_choice("variant", variant, ("bh1", "bh2"))
-    clocks: list[float] = []
-    guesses: list[Sum] = []
-    added, k = ZERO, 1  # what the last prediction added to its first-order part, and its order
-    for i, (here, there) in enumerate(plan.pairs()):
-        x, x0 = plan.look(here)
-        if i and corrector:
-            # Predictor and corrector share the first-order part, so the better x is x with one addition put in place of the other.
-            better = unipc_addition(clocks, guesses, clock(here), x0, k, variant)
-            x = x - added + better * math.sqrt(here.alpha_bar)
-        guesses, clocks = [x0, *guesses][:3], [clock(here), *clocks][:3]
-        k = min(order, i + 1, len(plan.points) - 1 - i if lower_order_final else order)
-        h = clock(there) - clocks[0]
-        signal = math.sqrt(there.alpha_bar)
-        added = unipc_addition(clocks, guesses, clock(there), None, k, variant) * signal if k > 1 and h > 0 else ZERO
-        (_, noise), (_, noise_next) = plan.scales(here), plan.scales(there)
-        plan.go(x * (noise_next / noise) + x0 * (-signal * math.expm1(-h)) + added)
-
-
-def unipc_addition(
-    clocks: list[float], guesses: list[Sum], end: float, x0_end: Sum | None, order: int, variant: str
-) -> Sum:
-    """What UniPC adds to its first-order part, per unit of signal, on the way from clocks[0] to `end`: -B(h) sum rho_k D_k.
-    With `x0_end`, the guess at the end itself, it is the corrector."""
-    h = end - clocks[0]
-    ratios = [(clocks[k] - clocks[0]) / h for k in range(1, order)]
-    slopes = [(guesses[k] - guesses[0]) / r for k, r in enumerate(ratios, start=1)]
-    b_h = -h if variant == "bh1" else math.expm1(-h)
-    phi, factorial, rhs = math.expm1(-h) / -h - 1, 1, []
-    for k in range(2, order + 2):
-        rhs.append(phi * factorial / b_h)
-        factorial *= k
-        phi = phi / -h - 1 / factorial
-    if x0_end is not None:
-        ratios, slopes = [*ratios, 1.0], [*slopes, x0_end - guesses[0]]
-    if len(ratios) == 1 and order <= 2:
-        rhos = [0.5]  # the paper's choice for one unknown, instead of solving for it
-    else:
-        rows = [[r**k for r in ratios] for k in range(len(ratios))]
-        rhos = np.linalg.solve(np.array(rows), np.array(rhs[: len(ratios)])).tolist()
-    return total(d * (-b_h * rho) for d, rho in zip(slopes, rhos, strict=True))
-
-
-@sampler("vp", EXPONENTIAL, last="sigma_min", last_of_curve="repeat")
-def deis(plan: Plan, *, order: int = 2, lower_order_final: bool = True) -> None:
-    """DEIS, log-rho multistep: eps extrapolated as a polynomial of log sigma. 2204.13902 eq. 15 with its rho the sigma here. Follows
-    diffusers, which ends at the smallest sigma of the table, not at zero (and on a curve of sigmas wastes the last step)."""
-    check_count(order, 3, "order")
-    eps: list[Sum] = []
-    nodes: list[float] = []
-    short = lower_order_final and plan.n < 15
-    for i, (here, there) in enumerate(plan.pairs()):
-        x, _ = plan.look(here)
-        eps, nodes = [plan.eps, *eps][:3], [math.log(here.sigma), *nodes][:3]
-        left = len(plan.points) - 1 - i
-        k = min(order, i + 1, left if short else 3)
-        ends = (here.sigma, there.sigma)
-        weights = [integral_of_log(p, *ends) for p in lagrange(nodes[:k])]
-        (signal, _), (signal_next, _) = plan.scales(here), plan.scales(there)
-        plan.go((x / signal + total(e * w for e, w in zip(eps, weights, strict=False))) * signal_next)
-
-
-@sampler("vp", DIFFUSION, distilled=True)
-def lcm(plan: Plan) -> None:
-    """Latent consistency: jump to x0, add fresh noise of the next level. 2310.04378 algorithm 3; the boundary condition c_skip, c_out of
-    consistency models, 2303.01469 appendix C. Follows diffusers."""
-    for i, (here, there) in enumerate(plan.pairs()):
-        x, x0 = plan.look(here)
-        scaled = here.t * plan.config.timestep_scaling
-        c_skip, c_out = 0.25 / (scaled**2 + 0.25), scaled / math.sqrt(scaled**2 + 0.25)
-        clean = c_out * x0 + c_skip * x
-        if i == len(plan.points) - 2:
-            plan.go(clean)
-        else:
-            plan.go(math.sqrt(there.alpha_bar) * clean, math.sqrt(1 - there.alpha_bar))
-
-
-@sampler("vp", DIFFUSION, distilled=True)
-def tcd(plan: Plan, *, eta: float = 0.3) -> None:
-    """Trajectory consistency: ddim down to a level between the next one and zero, noise back up to the next. 2402.19159 algorithm 4;
-    eta = 0 is deterministic, 1 is lcm-like. Follows diffusers."""
-    for i, (here, there) in enumerate(plan.pairs()):
-        x, x0 = plan.look(here)
-        final = i == len(plan.points) - 2
-        s = table_point(plan.config, 0 if final else math.floor((1 - eta) * there.t)).alpha_bar
-        mean = math.sqrt(s) * x0 + math.sqrt(1 - s) * plan.eps
-        if final or not eta:
-            plan.go(mean)
-        else:
-            plan.go(math.sqrt(there.alpha_bar / s) * mean, math.sqrt(1 - there.alpha_bar / s))
-
-
-# ------------------------------------------------------------------------------------------------------------------------
-# Arithmetic that several samplers share
-
-
-def clock(at: Point) -> float:
-    """lambda = log(signal / noise), in which exponential integrators measure; infinite where there is no noise."""
-    return -math.log(at.sigma) if at.sigma else math.inf
-
-
-def mixed(x: Sum, x0: Sum, keep: float) -> Sum:
-    """x with its noise scaled down to `keep` of what it was, if x0 is right."""
-    return x * keep + x0 * (1 - keep)
-
-
-def ancestral(here: float, there: float, eta: float) -> tuple[float, float]:
-    """Splits a way from sigma `here` to `there` into one down to (first) and one of fresh noise back up (second): down^2 + up^2 = there^2.
-    At eta = 1 the joint distribution is that of the diffusion itself. k-diffusion `get_ancestral_step`."""
-    up = min(there, eta * math.sqrt(there**2 * (here**2 - there**2) / here**2))
-    return math.sqrt(there**2 - up**2), up
-
-
-def lagrange(nodes: list[float]) -> list[np.ndarray]:
-    """The polynomials that are 1 at one node and 0 at the others, highest power first."""
-    basis = []
-    for k, node in enumerate(nodes):
-        others = np.array(nodes[:k] + nodes[k + 1 :])
-        basis.append(np.atleast_1d(np.poly(others) / np.prod(node - others)))
-    return basis
-
-
-def integral_of_log(p: np.ndarray, low: float, high: float) -> float:
-    """Integral of p(log s) ds: its antiderivative is s (p - p' + p'' - ...)(log s)."""
-    anti = derivative = p
-    for k in range(1, len(anti)):
-        derivative = np.polyder(derivative)
-        anti = np.polyadd(anti, (-1) ** k * derivative)
-    return float(high * np.polyval(anti, math.log(high)) - low * np.polyval(anti, math.log(low)))
-
-
-def total(sums: Iterable[Sum]) -> Sum:
-    """Their sum."""
-    return reduce(Sum.__add__, sums, ZERO)
+    def __call__(self, x: Tensor) -> Tensor:
+        """Noise like x, whose first dimension counts the images."""
+        if len(x) != len(self.generators):
+            raise ConfigError(f"{len(self.generators)} seeds were given for {len(x)} images: give one seed per image")
+        return self.draw(*x.shape[1:]).to(x)

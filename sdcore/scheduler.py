@@ -1,10 +1,11 @@
-"""Noise levels: how much noise each timestep of a model carries, and at which of those levels a sampler stops on its way down.
+"""Noise levels: how much noise each timestep of a model carries, and at which of those levels a sampler stops on
+its way down.
 
-Three things, in the order of this file. `SchedulerConfig` is what a model was trained with (its betas, and what its network
-predicts), with a named constant for every official model. `alpha_bars` and `sigmas` turn the betas into the table of noise
-levels. `grid` picks n of them, from the noisiest to the cleanest: evenly spaced timesteps (`leading`, `trailing`, `linspace`)
-or a curve of sigmas (`karras`, `exponential`, `beta`, `sgm_uniform`, `ays`). What a sampler does between two such points is
-written in samplers.py.
+Three things, in the order of this file. `SchedulerConfig` is what a model was trained with (its betas, and what its
+network predicts), with a named constant for every official model. `alpha_bars` and `sigmas` turn the betas into the
+table of noise levels. `grid` picks n of them, from the noisiest to the cleanest: evenly spaced timesteps
+(`leading`, `trailing`, `linspace`) or a curve of sigmas (`karras`, `exponential`, `beta`, `sgm_uniform`, `ays`).
+What a sampler does between two such points is written in samplers.py.
 
 Two ways to write the same noisy latent run through everything: with n ~ N(0, 1),
 
@@ -34,8 +35,9 @@ PREDICTIONS = ("epsilon", "v_prediction", "sample")
 class SchedulerConfig:
     """What a model was trained with, and the choices its publisher shipped for sampling.
 
-    The defaults are Stable Diffusion 1.x. `spacing=None` means that the published file names none, and each family of samplers
-    then uses its own (as in diffusers: `leading` for ddpm, ddim, pndm, lcm and tcd; `linspace` for all others).
+    The defaults are Stable Diffusion 1.x. `spacing=None` means that the published file names none, and each family
+    of samplers then uses its own (as in diffusers: `leading` for ddpm, ddim, pndm, lcm and tcd; `linspace` for all
+    others).
     """
 
     beta_start: float = 0.00085
@@ -127,8 +129,9 @@ def alpha_bars(config: SchedulerConfig) -> torch.Tensor:
 
 
 def sigmas(config: SchedulerConfig) -> np.ndarray:
-    """Noise per unit of signal at each timestep, [train_steps] fp32, rising. With zero terminal SNR the last one would be
-    infinite; as diffusers does, it is set to 4096 (alpha_bar = 2^-24), the largest that fp32 arithmetic survives."""
+    """Noise per unit of signal at each timestep, [train_steps] fp32, rising. With zero terminal SNR the last one
+    would be infinite; as diffusers does, it is set to 4096 (alpha_bar = 2^-24), the largest that fp32 arithmetic
+    survives."""
     level = alpha_bars(config)
     if config.zero_snr:
         level[-1] = 2**-24
@@ -181,7 +184,9 @@ DIFFUSION = Family("leading", whole=True, one_more=False, full_range=False)  # d
 KARRAS = Family("linspace", whole=False, one_more=False, full_range=False)  # euler, heun, lms, ... of k-diffusion
 KARRAS_ROUNDED = replace(KARRAS, round_karras=True)  # dpm2, dpm2_a
 KARRAS_DOUBLE = replace(KARRAS, double=True)  # dpmpp_sde
-EXPONENTIAL = Family("linspace", whole=True, one_more=True, full_range=True, round_karras=True)  # dpm++ multistep and kin
+EXPONENTIAL = Family(
+    "linspace", whole=True, one_more=True, full_range=True, round_karras=True
+)  # dpm++ multistep and kin
 
 # "Align your steps" (2404.14507), the authors' published ten-step tables; the eleventh level is where they end.
 AYS = {
@@ -200,15 +205,16 @@ def check_count(n: object, most: int, what: str = "steps") -> int:
 
 
 def spaced(config: SchedulerConfig, n: int, spacing: str, family: Family) -> np.ndarray:
-    """n evenly spaced timesteps, falling, fp64. `leading` starts every interval at its cleaner end and so never reaches pure
-    noise, `trailing` at its noisier end; `linspace` touches both ends. Source: Lin et al. (2305.08891), table 2."""
+    """n evenly spaced timesteps, falling, fp64. `leading` starts every interval at its cleaner end and so never
+    reaches pure noise, `trailing` at its noisier end; `linspace` touches both ends. Source: Lin et al.
+    (2305.08891), table 2."""
     total, m = config.train_steps, n + family.one_more
     if spacing == "linspace":
         t = np.linspace(0, total - 1, m)[::-1][:n]
         return t.round() if family.whole else t
     if spacing == "leading":
         return (np.arange(m) * (total // m) + config.steps_offset)[::-1][:n].astype(float)
-    return np.arange(total, 0, -total / n).round() - 1  # trailing
+    return np.arange(total, 0, -total / n)[:n].round() - 1  # trailing
 
 
 def curve(config: SchedulerConfig, n: int, name: str, high: float, low: float) -> np.ndarray:
@@ -244,21 +250,26 @@ def grid(
     timesteps: Sequence[float] | None = None,
     sigma_list: Sequence[float] | None = None,
 ) -> list[Point]:
-    """The points of an n-step way down, noisiest first, and one more: where it ends. (n is ignored with explicit lists.)
+    """The points of an n-step way down, noisiest first, and one more: where it ends. (n is ignored with explicit
+    lists.)
 
-    `schedule` is a name of SCHEDULES, or None for the model's own. `last` is the noise level of the end: "zero", "sigma_min" (that
-    of timestep 0) or "repeat" (that of the last point). `timesteps` or `sigma_list` (without the final zero) take its place.
-    Sigmas are fp32 values, as released. Raises ConfigError for unknown names, and when there is no room for n points.
+    `schedule` is a name of SCHEDULES, or None for the model's own. `last` is the noise level of the end: "zero",
+    "sigma_min" (that of timestep 0) or "repeat" (that of the last point). `timesteps` or `sigma_list` (without the
+    final zero) take its place. Sigmas are fp32 values, as released. Raises ConfigError for unknown names, and when
+    there is no room for n points.
     """
     table = sigmas(config)
     log_table = np.log(table)
     spacing = schedule if schedule in SPACINGS else config.spacing or family.spacing
+    check_choice("final_sigma", last, ("zero", "sigma_min", "repeat"))
     if sigma_list is not None:
         sigma = np.asarray(sigma_list, dtype=np.float32)
         t = timestep_of(sigma.astype(float), log_table)
         t = t.round() if family.whole else t
     elif timesteps is not None:
         t = np.asarray(timesteps, dtype=float)
+        if not ((t >= 0) & (t < len(table))).all():
+            raise ConfigError(f"timesteps must lie between 0 and {len(table) - 1}, found {timesteps}")
         sigma = np.interp(t, np.arange(len(table)), table)
     elif schedule == "sgm_uniform":
         t = np.linspace(config.train_steps - 1, 0, n + 1)[:-1]
@@ -280,15 +291,17 @@ def grid(
     sigma = sigma.astype(np.float32)
     if not (len(sigma) and sigma[-1] > 0 and (np.diff(sigma) < 0).all()):
         where = schedule or spacing
-        raise ConfigError(f"{len(sigma)} steps do not fit the schedule {where!r}: its noise levels would not fall; use fewer")
+        raise ConfigError(
+            f"{len(sigma)} steps do not fit the schedule {where!r}: its noise levels would not fall; use fewer"
+        )
     points = [Point(t, s, 1 / (s * s + 1)) for t, s in zip(t.tolist(), sigma.tolist(), strict=True)]
     end = {"zero": 0.0, "sigma_min": float(table[0]), "repeat": points[-1].sigma}[last]
     return points + [Point(0.0, end, 1 / (end * end + 1))]
 
 
 def table_point(config: SchedulerConfig, t: int) -> Point:
-    """The noise level of an integer timestep, alpha_bar as in the table (it may be exactly 0, and sigma infinite). Below timestep 0
-    lies the clean end; or, as `set_alpha_to_one=False` says, the level of timestep 0 once more."""
+    """The noise level of an integer timestep, alpha_bar as in the table (it may be exactly 0, and sigma infinite).
+    Below timestep 0 lies the clean end; or, as `set_alpha_to_one=False` says, the level of timestep 0 once more."""
     level = 1.0 if t < 0 and config.set_alpha_to_one else levels(config)[max(t, 0)]
     return Point(float(t), math.sqrt((1 - level) / level) if level else math.inf, level)
 
@@ -300,17 +313,41 @@ def levels(config: SchedulerConfig) -> tuple[float, ...]:
 
 
 def distilled(config: SchedulerConfig, n: int) -> list[int]:
-    """Timesteps of lcm and tcd, falling: n of the `original_steps` that the student saw. Source: LCM (2310.04378) sec. 4.3."""
+    """Timesteps of lcm and tcd, falling: n of the `original_steps` that the student saw. Source: LCM (2310.04378)
+    sec. 4.3."""
     check_count(n, config.original_steps, "steps of a distilled sampler")
     seen = [k * (config.train_steps // config.original_steps) - 1 for k in range(config.original_steps, 0, -1)]
     return [seen[math.floor(i)] for i in np.linspace(0, len(seen), n, endpoint=False)]
 
 
+@dataclass(frozen=True)
+class Step:
+    """One evaluation of the network and the move after it. All numbers are Python floats, worked out beforehand.
+
+    On entering, x = signal * x0 + noise * n with n ~ N(0, 1). The network is handed x * input_scale and the
+    timestep t, and its output turns into x0 = x0_from_x * x + x0_from_out * output, whatever it was trained to
+    predict.
+    """
+
+    i: int  # index into the list of steps
+    t: float  # timestep for the network; fractional for some samplers
+    sigma: float  # noise per unit of signal (VE noise level)
+    alpha_bar: float  # the signal's share of the power (VP noise level)
+    signal: float
+    noise: float
+    input_scale: float
+    x0_from_x: float
+    x0_from_out: float
+    start_scale: float  # unit noise times this is an x to start from here
+    weights: tuple[tuple[float, float], ...] = ()  # of (x, x0): now, one step ago, two steps ago, ...
+    std: float = 0.0  # of the fresh noise
+
+
 def beta_quantile(p: float, a: float = 0.6) -> float:
     """The value below which a share p of the symmetric Beta(a, a) distribution lies, to fp64 rounding.
 
-    Newton's method on the distribution function I_x(a, a), kept inside a shrinking bracket; the lower half is enough since
-    the distribution is symmetric. I_x is the continued fraction of DLMF 8.17.22."""
+    Newton's method on the distribution function I_x(a, a), kept inside a shrinking bracket; the lower half is
+    enough since the distribution is symmetric. I_x is the continued fraction of DLMF 8.17.22."""
     if p <= 0 or p >= 1:
         return float(p >= 1)
     if p > 0.5:

@@ -39,7 +39,10 @@ RELEASED = dict(
 MODELS = {
     "sd15": (SD15_SCHEDULER, RELEASED),
     "sd21v": (SD2_V_SCHEDULER, RELEASED | dict(prediction_type="v_prediction")),
-    "sdxl": (SDXL_SCHEDULER, RELEASED | dict(timestep_spacing="leading", prediction_type="epsilon", sample_max_value=1.0)),
+    "sdxl": (
+        SDXL_SCHEDULER,
+        RELEASED | dict(timestep_spacing="leading", prediction_type="epsilon", sample_max_value=1.0),
+    ),
 }
 PEERS = {
     "ddpm": diffusers.DDPMScheduler,
@@ -126,9 +129,7 @@ def peer_sigmas(name, peer):
     """The sigma of every evaluation, out of the arrays in which diffusers keeps them."""
     if name in ("dpm2", "dpm2_a"):
         shift = name == "dpm2_a"
-        return [
-            float(peer.sigmas_interpol[i - shift] if i % 2 else peer.sigmas[i]) for i in range(len(peer.timesteps))
-        ]
+        return [float(peer.sigmas_interpol[i - shift] if i % 2 else peer.sigmas[i]) for i in range(len(peer.timesteps))]
     if hasattr(peer, "sigmas"):
         return peer.sigmas[: len(peer.timesteps)].tolist()
     level = peer.alphas_cumprod[peer.timesteps]
