@@ -328,11 +328,17 @@ def test_nothing_is_lost_when_writing_fails(tmp_path, monkeypatch, call):
 
 def test_order_of_a_save(tmp_path, monkeypatch):
     calls = []
-    for name in ("fsync", "replace"):
-        real = getattr(os, name)
-        monkeypatch.setattr(os, name, lambda *a, name=name, real=real: (calls.append(name), real(*a))[1])
+    sync, rename = os.fsync, os.replace
+
+    def noted(fd):
+        calls.append(("sync", stat.S_IFMT(os.fstat(fd).st_mode), os.fstat(fd).st_size))
+        sync(fd)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    monkeypatch.setattr(os, "replace", lambda *names: (calls.append("rename"), rename(*names)))
     write_whole(tmp_path / "a.png", b"data")
-    assert calls == ["fsync", "replace", "fsync"]  # the bytes, the name, the folder
+    assert calls[:2] == [("sync", stat.S_IFREG, 4), "rename"]  # all bytes, then the name
+    assert calls[2][:2] == ("sync", stat.S_IFDIR)  # then the folder that holds the name
 
 
 @pytest.mark.parametrize("name, says", [
