@@ -1,0 +1,39 @@
+"""Make the bundled model's byte-pair vocabulary: CLIP's scheme, learned from the words of the world.
+
+The file layout and the spelling are CLIP's, only smaller: every byte, every byte at the end of a word, then one token a merge,
+then start and end. Every word of the world becomes one token; any other text is still spelled, by bytes. The result is read by
+sdcore's Tokenizer and by transformers' CLIPTokenizer alike.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+from sdcore.tokenizer import END, START, WORD_END, clip_vocabulary
+
+LENGTH = 32  # tokens a prompt, start and end among them: the longest caption of the world has 26
+
+
+def learn_merges(words: Sequence[str]) -> list[tuple[str, str]]:
+    """Byte-pair merges, most frequent pair first, until every word is one token (Sennrich et al. 2016)."""
+    bpe = Tokenizer(models.BPE(end_of_word_suffix=WORD_END))
+    bpe.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    trainer = trainers.BpeTrainer(vocab_size=10_000, end_of_word_suffix=WORD_END, show_progress=False, special_tokens=[])
+    bpe.train_from_iterator(sorted(words), trainer)
+    merges = json.loads(bpe.to_str())["model"]["merges"]
+    return [tuple(merge) if isinstance(merge, list) else tuple(merge.split(" ")) for merge in merges]
+
+
+def write(folder: Path, words: Sequence[str]) -> None:
+    """Write tokenizer/ of the diffusers layout: vocab.json, merges.txt, tokenizer_config.json, special_tokens_map.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    merges = learn_merges(words)
+    (folder / "vocab.json").write_text(json.dumps(clip_vocabulary(merges), ensure_ascii=False) + "\n", encoding="utf-8")
+    lines = ["#version: 0.2", *(" ".join(merge) for merge in merges)]
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
+    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": LENGTH, "do_lower_case": True, **special}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=2) + "\n")
