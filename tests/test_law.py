@@ -1,0 +1,94 @@
+"""The law of the house: who may import what. And the house's few other rules that a machine can check."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+CORE = sorted((ROOT / "sdcore").glob("*.py"))
+EVERYWHERE = {"torch", "einops", "numpy", "sdcore"} | set(sys.stdlib_module_names)
+ALLOWED = {"tokenizer.py": {"tokenizers"}, "image.py": {"PIL"}, "cli.py": {"tqdm"}}
+DOORS = {"cli.py", "__init__.py"}  # these two may reach for the other folders, inside a function
+FOLDERS = {"kernels", "train", "weights"}
+
+
+def imports(path: Path) -> list[tuple[str, bool]]:
+    """(dotted module, whether inside a function) for every import of a file; relative ones made absolute."""
+    found = []
+
+    def visit(node: ast.AST, inside: bool) -> None:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.Import):
+                found.extend((alias.name, inside) for alias in child.names)
+            elif isinstance(child, ast.ImportFrom):
+                base = ".".join(filter(None, ["sdcore" if child.level else "", child.module]))
+                found.extend((f"{base}.{alias.name}", inside) for alias in child.names)
+            visit(child, inside or isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda))
+
+    visit(ast.parse(path.read_text()), False)
+    return found
+
+
+@pytest.mark.parametrize("path", CORE, ids=lambda p: p.name)
+def test_the_core_imports_only_what_it_may(path):
+    for module, inside in imports(path):
+        top, *rest = module.split(".")
+        assert top in EVERYWHERE | ALLOWED.get(path.name, set()), f"{path.name} imports {module}"
+        if top == "sdcore" and rest and rest[0] in FOLDERS:
+            assert path.name in DOORS and inside, f"{path.name} reaches for {module}"
+
+
+@pytest.mark.parametrize(
+    "folder, other", [("kernels", "weights"), ("weights", "kernels"), ("kernels", "train"), ("weights", "train")]
+)
+def test_the_folders_know_of_each_other_only_what_they_may(folder, other):
+    for path in (ROOT / folder).glob("*.py"):
+        for module, _ in imports(path):
+            assert not module.startswith((f"sdcore.{other}", other + ".")), f"{path} imports {module}"
+
+
+def test_no_pickle_is_executed_and_no_code_is_made_of_data():
+    """Nothing in the package unpickles, evaluates text, or imports by a name that is data."""
+    forbidden = re.compile(
+        r"\bpickle\.loads?\(|\beval\(|(?<!\.)\bexec\(|\b__import__\(|weights_only=False|torch\.load\("
+    )
+    for folder in ["sdcore", *FOLDERS]:
+        for path in (ROOT / folder).glob("*.py"):
+            code = "\n".join(line.split("#")[0] for line in path.read_text().splitlines())
+            hits = [m for m in forbidden.findall(code) if not re.search(r"model\.eval\($", m)]
+            hits = [h for h in hits if h != "eval("] + re.findall(r"(?<![\w.])eval\(", code)
+            assert not hits, f"{path}: {hits}"
+
+
+def test_import_is_light():
+    """`import sdcore` adds less than 0.3 s to `import torch`, and pulls in nothing of the other folders."""
+    code = (
+        "import time, torch; t = time.perf_counter(); import sdcore; s = time.perf_counter() - t; import sys; "
+        "print(s, any(m.startswith(('sdcore.weights', 'sdcore.train', 'sdcore.kernels', 'triton.', 'PIL')) for m in sys.modules))"
+    )
+    runs = [
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+        for _ in range(3)
+    ]
+    seconds, heavy = min(float(run.split()[0]) for run in runs), runs[0].split()[1]
+    assert seconds < 0.3 and heavy == "False", runs
+
+
+def test_core_can_be_copied_alone(tmp_path):
+    """sdcore/ in another runtime: it imports, and `load` says what is missing."""
+    target = tmp_path / "elsewhere" / "sdcore"
+    target.mkdir(parents=True)
+    for path in CORE:
+        (target / path.name).write_text(path.read_text())
+    code = (
+        "import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in getattr(f, '__module__', '') + str(f)]; "
+        "import sdcore, sdcore.pipeline, sdcore.cli\n"
+        "try: sdcore.load('tiny')\n"
+        "except ModuleNotFoundError as e: print(e)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=target.parent)
+    assert "sdcore.load needs the folder weights/" in done.stdout, done.stderr

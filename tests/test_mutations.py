@@ -1,0 +1,111 @@
+"""The tests can see: each planted fault makes at least one of them fail.
+
+Each is a slip that somebody made in a published reimplementation, or easily could. A copy of the project gets one line changed,
+and the named test must fail there (while it passes on the unchanged copy).
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+class Fault(NamedTuple):
+    """One line made wrong, and the test that must notice."""
+
+    name: str
+    file: str
+    right: str
+    wrong: str
+    test: str
+
+
+FAULTS = [
+    Fault("transformer norm eps 1e-5 for 1e-6", "sdcore/unet.py", "d, eps=1e-6", "d, eps=1e-5",
+          "test_small.py::test_unet[SD15-even]"),
+    Fault("residual block norm eps 1e-6 for 1e-5", "sdcore/unet.py", "c_in, eps=1e-5", "c_in, eps=1e-6",
+          "test_small.py::test_unet[SD15-even]"),
+    Fault("autoencoder norm eps 1e-5 for 1e-6", "sdcore/vae.py", "EPS = 1e-6", "EPS = 1e-5", "test_small.py::test_vae"),
+    Fault("tanh for erf GELU", "sdcore/ops.py", "F.gelu(gate)", 'F.gelu(gate, approximate="tanh")',
+          "test_small.py::test_unet[SD15-even]"),
+    Fault("swapped GEGLU halves", "sdcore/ops.py", "value * F.gelu(gate)", "gate * F.gelu(value)",
+          "test_small.py::test_unet[SD15-even]"),
+    Fault("sines before cosines", "sdcore/unet.py", "[angles.cos(), angles.sin()]", "[angles.sin(), angles.cos()]",
+          "test_small.py::test_unet[SD15-even]"),
+    Fault("symmetric padding in the encoder", "sdcore/vae.py", "(0, 1, 0, 1)", "(1, 0, 1, 0)", "test_small.py::test_vae"),
+    Fault("self-attention in the upscaler", "sdcore/unet.py", "config.context_dim if cross_only else None", "None",
+          "test_small.py::test_unet[X4-even]"),
+    Fault("size of odd latents", "sdcore/unet.py", "size=size, mode", "scale_factor=2.0, mode",
+          "test_small.py::test_unet[SD15-odd]"),
+    Fault("text that sees what follows", "sdcore/clip.py", "causal=self.causal", "causal=False",
+          "test_small.py::test_text[quick_gelu-0]"),
+    Fault("1.7 for 1.702", "sdcore/clip.py", "1.702 * x)\n", "1.7 * x)\n", "test_small.py::test_text[quick_gelu-0]"),
+    Fault("pooled at the last token", "sdcore/clip.py", "[torch.arange(len(ids), device=ids.device), end]", "[:, -1]",
+          "test_small.py::test_text[gelu-24]"),
+    Fault("residuals before the middle is added", "sdcore/unet.py", "x = x + residuals[-1]", "x = x + residuals[-1] * 0",
+          "test_small.py::test_unet_residuals[SD15]"),
+    Fault("latents multiplied by the scaling factor", "sdcore/pipeline.py", "(latents / self", "(latents * self",
+          "test_pipeline.py::test_equals_diffusers[sd1-plain]"),
+    Fault("last layer for SDXL", "sdcore/pipeline.py", "out.states[-2] if xl", "out.states[-1] if xl",
+          "test_pipeline.py::test_equals_diffusers[sdxl-plain]"),
+    Fault("width before height in the sizes", "sdcore/pipeline.py", "(H, W, 0, 0, H, W)),", "(W, H, 0, 0, W, H)),",
+          "test_pipeline.py::test_own_noise_is_diffusers_noise[sdxl]"),
+    Fault("empty negative encoded on SDXL", "sdcore/pipeline.py", "if not self.zero_negative:", "if True:",
+          "test_pipeline.py::test_equals_diffusers[sdxl-plain]"),
+    Fault("negative and positive swapped", "sdcore/guidance.py", "negative, wanted =", "wanted, negative =",
+          "test_pipeline.py::test_equals_diffusers[sd1-negative]"),
+    Fault("sign of v", "sdcore/samplers.py", "(signal * scale**2, -noise * scale)", "(signal * scale**2, noise * scale)",
+          "test_pipeline.py::test_equals_diffusers[sd2-plain]"),
+    Fault("off-by-one timestep", "sdcore/scheduler.py", "+ config.steps_offset)", "+ config.steps_offset - 1)",
+          "test_pipeline.py::test_equals_diffusers[sd1-plain]"),
+    Fault("betas in fp64", "sdcore/scheduler.py", "end**0.5, n, dtype=torch.float32) ** 2",
+          "end**0.5, n, dtype=torch.float64) ** 2", "test_scheduler.py"),
+    Fault("wrong pad token", "sdcore/tokenizer.py", "vocab[END], vocab[pad]", "vocab[END], vocab[END]",
+          "test_pipeline.py::test_equals_diffusers[sd2-plain]"),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory):
+    """The project, with the four folders inside one package as they are installed."""
+    root = tmp_path_factory.mktemp("copy")
+    skip = shutil.ignore_patterns("__pycache__", "tiny", "results")
+    shutil.copytree(ROOT / "sdcore", root / "sdcore", ignore=skip)
+    for folder in ("kernels", "train", "weights"):
+        shutil.copytree(ROOT / folder, root / "sdcore" / folder, ignore=skip)
+    shutil.copytree(ROOT / "tests", root / "tests", ignore=skip)
+    shutil.copy(ROOT / "pyproject.toml", root)
+    if (ROOT / "weights/tiny").exists():
+        (root / "sdcore/weights/tiny").symlink_to(ROOT / "weights/tiny")
+    return root
+
+
+def run(root: Path, *tests: str) -> subprocess.CompletedProcess:
+    """The named tests on a copy, which lies first on the path."""
+    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", *(f"tests/{test}" for test in tests)]
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
+    return subprocess.run(command, cwd=root, capture_output=True, text=True, env=environment)
+
+
+def test_the_unchanged_copy_passes(copy):
+    done = run(copy, *sorted({fault.test for fault in FAULTS}))
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
+def test_planted_fault_is_seen(copy, fault):
+    path = copy / fault.file
+    text = path.read_text()
+    assert text.count(fault.right) == 1, f"{fault.right!r} stands {text.count(fault.right)} times in {fault.file}"
+    path.write_text(text.replace(fault.right, fault.wrong))
+    try:
+        done = run(copy, fault.test)
+    finally:
+        path.write_text(text)
+    assert done.returncode == 1, f"exit {done.returncode}: not seen by {fault.test}\n" + done.stdout[-2000:]
