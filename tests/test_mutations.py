@@ -60,7 +60,7 @@ FAULTS = [
           "test_pipeline.py::test_equals_diffusers[sdxl-plain]"),
     Fault("negative and positive swapped", "sdcore/guidance.py", "negative, wanted =", "wanted, negative =",
           "test_pipeline.py::test_equals_diffusers[sd1-negative]"),
-    Fault("sign of v", "sdcore/samplers.py", "(signal * scale**2, -noise * scale)", "(signal * scale**2, noise * scale)",
+    Fault("sign of v", "sdcore/solvers.py", "= signal * scale**2, -noise * scale", "= signal * scale**2, noise * scale",
           "test_pipeline.py::test_equals_diffusers[sd2-plain]"),
     Fault("off-by-one timestep", "sdcore/scheduler.py", "+ config.steps_offset)", "+ config.steps_offset - 1)",
           "test_pipeline.py::test_equals_diffusers[sd1-plain]"),

@@ -109,9 +109,7 @@ def test_steps_are_the_callers_own_loop(pipes):
         assert torch.is_grad_enabled()
         assert progress.total >= 5 and progress.x0.shape == progress.x.shape
     assert torch.equal(progress.x, whole.latents)
-    for progress in pipe.steps("cat", steps=5, seed=1):
-        break
-    assert progress.step.i == 0
+    assert next(iter(pipe.steps("cat", steps=5, seed=1))).step.i == 0
 
 
 def test_keys_and_values_are_computed_once_a_picture(pipes):
