@@ -144,7 +144,7 @@ def config_file(folder: Path) -> Path:
 
 
 def weight_names(part: str, variant: str | None) -> list[str]:
-    """What a part's weights may be called, best first: plain before fp16 unless a variant is asked for, then safetensors before pickle."""
+    """What a part's weights may be called, best first: plain before fp16 (unless a variant is named), then safetensors first."""
     text = part in TEXT_PARTS
     kinds = [
         ("model" if text else "diffusion_pytorch_model", ".safetensors"),

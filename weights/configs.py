@@ -25,10 +25,10 @@ IRRELEVANT = {
     "addition_embed_type_num_heads", "architectures", "attention_dropout", "bad_words_ids", "bos_token_id",
     "chunk_size_feed_forward", "diversity_penalty", "do_sample", "dropout", "dtype", "early_stopping",
     "encoder_no_repeat_ngram_size", "id2label", "initializer_factor", "initializer_range", "is_decoder",
-    "is_encoder_decoder", "label2id", "length_penalty", "max_length", "min_length", "model_type", "no_repeat_ngram_size", "num_beam_groups", "num_beams",
-    "num_return_sequences", "output_attentions", "output_hidden_states", "pad_token_id", "prefix", "problem_type",
-    "repetition_penalty", "return_dict", "temperature", "tie_word_embeddings", "top_k", "top_p", "torch_dtype", "torchscript",
-    "transformers_version", "typical_p", "use_cache",
+    "is_encoder_decoder", "label2id", "length_penalty", "max_length", "min_length", "model_type", "no_repeat_ngram_size",
+    "num_beam_groups", "num_beams", "num_return_sequences", "output_attentions", "output_hidden_states", "pad_token_id",
+    "prefix", "problem_type", "repetition_penalty", "return_dict", "temperature", "tie_word_embeddings", "top_k", "top_p",
+    "torch_dtype", "torchscript", "transformers_version", "typical_p", "use_cache",
 }  # fmt: skip
 UNET_FIXED = {
     "act_fn": "silu", "attention_type": "default", "center_input_sample": False, "class_embed_type": None,

@@ -142,10 +142,11 @@ PREFIXES = [  # prefix, part, spelling of the names behind it
 ]
 # Known to ride along unused: noise schedules, EMA copies, buffers of the text towers, and what SD 2.x does not read of its own.
 UNUSED = re.compile(
-    r"^(betas|logvar|(sqrt_|log_)?(one_minus_|recip_|recipm1_)*alphas_cumprod(_prev)?|sqrt_(recip|recipm1|one_minus)_alphas_cumprod"
-    r"|log_one_minus_alphas_cumprod|posterior_\w+|lvlb_weights|denoiser\.(sigmas|log_sigmas)|v_pred|ztsnr|scale_factor)$"
-    r"|^model_ema\.|^depth_model\.|^low_scale_model\.|^first_stage_model\.loss\.|\.position_ids$|\.?logit_scale$|\.attn_mask$"
-    r"|^cond_stage_model\.model\.(text_projection|transformer\.resblocks\.23\..*)$|^conditioner\.embedders\.\d+\.null$"
+    r"^(betas|logvar|scale_factor|lvlb_weights|posterior_\w+|(sqrt_|log_)?(one_minus_|recip_|recipm1_)?alphas_cumprod(_prev)?)$"
+    r"|^(denoiser\.(log_)?sigmas|v_pred|ztsnr)$"
+    r"|^(model_ema|depth_model|low_scale_model|first_stage_model\.loss)\."
+    r"|(^|\.)(position_ids|logit_scale|attn_mask)$"
+    r"|^cond_stage_model\.model\.(text_projection|transformer\.resblocks\.23\..*)$"
 )
 
 
@@ -166,15 +167,13 @@ def split(tensors: Tensors) -> tuple[dict[tuple[str, str], Tensors], list[str], 
 def averaged(tensors: Tensors) -> Tensors:
     """The same file with the UNet's EMA weights (LDM drops their dots) in place of its own; CheckpointError if there are none."""
     prefix = "model.diffusion_model."
-    ema = {
-        name: f"model_ema.diffusion_model{name.removeprefix(prefix).replace('.', '')}"
-        for name in tensors
-        if name.startswith(prefix)
-    }
+    inner = {name: name.removeprefix(prefix) for name in tensors if name.startswith(prefix)}
+    ema = {name: f"model_ema.diffusion_model{rest.replace('.', '')}" for name, rest in inner.items()}
     missing = [name for name in ema.values() if name not in tensors]
     if missing or not ema:
-        raise CheckpointError(f"the file has no complete EMA weights ({len(missing)} missing); load it without ema")
-    return {name: tensors[ema.get(name, name)] for name in tensors if name not in set(ema.values())}
+        raise CheckpointError(f"it has no complete EMA weights ({len(missing)} are missing); load it without ema")
+    copies = set(ema.values())
+    return {name: tensors[ema.get(name, name)] for name in tensors if name not in copies}
 
 
 def unet_from_shapes(tensors: Tensors) -> unet.UNetConfig:
@@ -236,7 +235,10 @@ def unet_from_shapes(tensors: Tensors) -> unet.UNetConfig:
 
 def visible(config: unet.UNetConfig) -> unet.UNetConfig:
     """A config with everything dropped that no shape shows."""
-    return replace(config, heads=(), sample_size=0, upcast_attention=False, added_time_dim=0, norm_groups=0)
+    cross = tuple(only and depth > 0 for only, depth in zip(config.cross_only, config.depths, strict=True))
+    return replace(
+        config, heads=(), cross_only=cross, sample_size=0, upcast_attention=False, added_time_dim=0, norm_groups=0
+    )
 
 
 DERIVED = {  # XL with fewer transformers a level

@@ -21,7 +21,6 @@ logger = logging.getLogger("sdcore")
 HERE = Path(__file__).parent
 TOKENIZER_REPO = "openai/clip-vit-large-patch14"
 WEIGHT_SUFFIXES = (".safetensors", ".ckpt", ".bin", ".pt", ".pth")
-MAX_SIDE_FILE = 16 * 2**20  # bytes of a tokenizer's or config's file
 
 
 @functools.cache
@@ -75,34 +74,29 @@ def download(repo: str, revision: str | None, variant: str | None, mirrors: list
         if file:
             return Path(hub.hf_hub_download(repo, file, revision=revision))
         try:
-            wanted = choose(hub.list_repo_files(repo, revision=revision), repo, variant)
-        except (errors.OfflineModeIsEnabled, ConnectionError, OSError) as error:
-            if isinstance(error, errors.HfHubHTTPError):
-                raise
+            listing = hub.list_repo_files(repo, revision=revision)
+        except errors.HfHubHTTPError:
+            raise
+        except Exception:  # offline: what is raised differs with the hub's version and its transport
             folder = Path(hub.snapshot_download(repo, revision=revision, local_files_only=True))
-            logger.warning(f"{repo}: the hub cannot be reached, using the copy of {folder.name} in the cache")
+            logger.warning(f"{repo}: the hub cannot be reached, using the copy in the cache ({folder.name})")
             return folder
-        return Path(hub.snapshot_download(repo, revision=revision, allow_patterns=wanted))
+        return Path(hub.snapshot_download(repo, revision=revision, allow_patterns=choose(listing, repo, variant)))
+    except CheckpointError:
+        raise
     except errors.GatedRepoError:
-        raise CheckpointError(
-            f"{repo}: accept its licence first at https://huggingface.co/{repo}, then `hf auth login`{elsewhere}"
-        ) from None
+        what = f"accept its licence first at https://huggingface.co/{repo}, then `hf auth login`{elsewhere}"
     except errors.RevisionNotFoundError:
-        raise CheckpointError(f"{repo}: has no revision {one_line(revision)!r}; leave it out for the newest") from None
+        what = f"has no revision {one_line(revision)!r}; leave it out for the newest"
     except errors.RepositoryNotFoundError:
-        raise CheckpointError(
-            f"{repo}: no such repository on the hub, or a private one (`hf auth login`){elsewhere}"
-        ) from None
+        what = f"no such repository on the hub, or a private one (`hf auth login`){elsewhere}"
     except errors.LocalEntryNotFoundError:
-        raise CheckpointError(
-            f"{repo}: not in the cache, and the hub cannot be reached (offline?); download it once while online"
-        ) from None
+        what = "not in the cache, and the hub cannot be reached (offline?); download it once while online"
     except errors.EntryNotFoundError:
-        raise CheckpointError(f"{repo}: has no file {one_line(file)}") from None
-    except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
-        raise CheckpointError(
-            f"{repo}: download failed ({one_line(error)}); try again, what is complete is kept"
-        ) from None
+        what = f"has no file {one_line(file)}"
+    except Exception as error:
+        what = f"download failed ({one_line(error)}); try again, what is complete is kept"
+    raise CheckpointError(f"{repo}: {what}")
 
 
 def choose(listing: list[str], repo: str, variant: str | None) -> list[str]:

@@ -55,7 +55,7 @@ class LazyTensor:
 
 
 def read_ckpt(path: Path, data: Tensor) -> tuple[dict[str, Tensor], dict[str, str], tuple[str, ...]]:
-    """Tensors by name, plain values of the top level as text, names of the globals that were met and left inert."""
+    """Tensors by name, plain values of the top level as text, and the names of what it would have called."""
     archive = Archive(path, data)
     root, inert = walk(path, archive.pickle())
     if not isinstance(root, dict):
@@ -209,7 +209,7 @@ class Archive:
 
 
 def walk(path: Path, program: bytes) -> tuple[object, set[str]]:
-    """The pickle's value as plain data with `Inert` and `LazyTensor` in it, and the names of all globals left inert."""
+    """The pickle's value as plain data with `Inert` and `LazyTensor` in it, and the names of what it would have called."""
     machine = Machine()
     try:
         for step, (opcode, argument, _) in enumerate(pickletools.genops(program)):
