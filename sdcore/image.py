@@ -73,10 +73,24 @@ class Picture:
 
     def save(self, path: str | Path) -> None:
         """Write a PNG, whole or not at all. Raises ImageError where the name is no .png or the folder cannot be written."""
-        path = Path(path)
-        if path.suffix.lower() != ".png":
-            raise ImageError(f"{path}: pictures are saved as PNG, which keeps their settings; name it {path.stem}.png")
-        write_whole(path, self.png())
+        write_whole(check_target(path), self.png())
+
+
+def check_target(path: str | Path) -> Path:
+    """Return the path if a picture can be saved there; ImageError otherwise. Long work asks before it begins."""
+    path = Path(path)
+    if path.suffix.lower() != ".png":
+        raise ImageError(f"{path}: pictures are saved as PNG, which keeps their settings; name it {path.stem}.png")
+    try:
+        if path.is_dir():
+            raise ImageError(f"{path}: is a folder; name a file in it")
+        if not path.parent.is_dir():
+            raise ImageError(f"{path}: there is no folder {path.parent}; make it, or choose another name")
+        if not os.access(path.parent, os.W_OK):
+            raise ImageError(f"{path}: the folder {path.parent} may not be written; choose another name")
+    except (OSError, ValueError) as error:  # a name too long, or with a NUL in it
+        raise ImageError(f"{path}: no name for a file ({getattr(error, 'strerror', None) or error})") from None
+    return path
 
 
 def to_pictures(pixels: Tensor) -> list[Picture]:
@@ -210,8 +224,6 @@ def write_whole(path: Path, data: bytes) -> None:
     try:
         path = Path(os.path.realpath(path))  # through a link, so that the link stays one
         beside = path.with_name(f".{secrets.token_hex(8)}.part")
-        if path.is_dir():
-            raise IsADirectoryError(None, "is a folder, not a file name")
         try:
             with open(beside, "xb") as file:  # (its mode comes from the umask, as for any new file)
                 file.write(data)

@@ -1,0 +1,336 @@
+"""The command line: `sdcore generate | train | inspect | convert`.
+
+Each command is a function over its parsed words, below the table that declares them; `main` parses, runs, and turns what goes
+wrong into the exit code: 0 done; 2 the user can mend it, one line on stderr says what and how; 130 stopped by Ctrl-C;
+anything else is a defect of ours and shows its traceback (1). Results go to stdout (with --json one document as the last
+line), everything else to stderr. This file is one of the two doors of the core: only inside functions does it reach for
+`sdcore.weights` and `sdcore.train`, and torch too is imported there, so that `sdcore --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import sdcore
+from sdcore.errors import ConfigError, ImageError, PromptError, SdcoreError
+
+METHODS = ("text2image", "vae")
+MAX_COUNT = 100
+# What decides how a picture comes out, kept in its PNG under these names; each is also the name of an option.
+RECORDED = (
+    "model", "revision", "variant", "tokenizer", "negative", "steps", "guidance", "sampler", "schedule", "seed", "count",
+    "size", "device", "dtype",
+)  # fmt: skip
+FOREIGN = ("negative", "steps", "guidance", "sampler", "schedule", "seed", "size")  # of these from another tool's PNG
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the usage."""
+
+    def error(self, message: str):
+        raise ConfigError(f"{message}; see {self.prog} --help")
+
+
+def parser() -> Parser:
+    """Every command and option."""
+    top = Parser(prog="sdcore", description="Stable Diffusion from scratch: from a prompt to a picture.")
+    top.add_argument("--version", action="version", version=f"sdcore {sdcore.__version__}")
+    commands = top.add_subparsers(metavar="COMMAND", required=True)
+
+    def command(name: str, run, text: str, **options: Any) -> Parser:
+        made = commands.add_parser(name, help=text, description=text, **options)
+        made.set_defaults(run=run)
+        return made
+
+    c = command("generate", generate, "Draw a picture of a prompt.")
+    c.add_argument("prompt", nargs="?", help="what to draw (left out only with --from)")
+    c.add_argument(
+        "--out", default="out.png", metavar="F", help="the picture, a PNG that keeps all settings (%(default)s)"
+    )
+    c.add_argument("--negative", default="", metavar="TEXT", help="what to keep away from")
+    c.add_argument("--steps", type=int, default=30, metavar="N", help="steps of the sampler (%(default)s)")
+    c.add_argument(
+        "--guidance", type=float, default=7.5, metavar="G", help="how closely to follow the prompt (%(default)s)"
+    )
+    c.add_argument("--sampler", metavar="NAME", help="ddim, euler, euler_a, dpmpp_2m, unipc, ... (the model's own)")
+    c.add_argument("--schedule", metavar="NAME", help="leading, trailing, karras, ... (the model's own)")
+    c.add_argument("--seed", type=int, default=0, metavar="N", help="which noise to start from (%(default)s)")
+    c.add_argument("--size", type=size, metavar="WxH", help="in pixels (the size that the model was trained at)")
+    c.add_argument(
+        "--count", type=int, default=1, metavar="N", help="so many, from seeds N, N+1, ..., and a sheet of all"
+    )
+    c.add_argument("--strip", metavar="F", help="also a PNG of the model's guess at every step")
+    c.add_argument("--from", dest="source", metavar="F", help="a PNG whose settings to take; options given here win")
+    model_options(c)
+    c.add_argument("--device", metavar="NAME", help="cuda, cuda:1, mps or cpu (the first that is there)")
+    c.add_argument("--dtype", metavar="NAME", help="float32, float16 or bfloat16 (what is fast and safe on the device)")
+    c.add_argument(
+        "--offload", action="store_true", help="keep on the device only the part at work: needs less of its memory"
+    )
+    c.add_argument("--json", action="store_true", help="one JSON document as the last line on stdout")
+
+    c = command("train", train, "Train a model; each method has its own --help.", add_help=False)
+    c.add_argument("method", choices=METHODS)
+    c.add_argument("rest", nargs=argparse.REMAINDER, help="options of the method")
+
+    c = command("inspect", inspect, "Say what a weight file or model folder is, and what would load where.")
+    c.add_argument("model", metavar="FILE", help="a file, a folder, or a model's name")
+    c.add_argument("--variant", metavar="NAME", help="fp16: that variant of a folder's files")
+    c.add_argument("--json", action="store_true", help="one JSON document as the last line on stdout")
+
+    c = command("convert", convert, "Write a model in the other layout: a folder as a single file, or back.")
+    c.add_argument("model", metavar="IN", help="a file, a folder, or a model's name")
+    c.add_argument("target", metavar="OUT", help="what to write: a .safetensors file, or a folder")
+    c.add_argument(
+        "--layout", choices=("diffusers", "ldm"), help="of OUT: a folder, or one file (the other one than IN's)"
+    )
+    c.add_argument("--dtype", metavar="NAME", help="float32, float16 or bfloat16 (as it is)")
+    c.add_argument("--ema", action="store_true", help="take the averaged weights of a training file")
+    c.add_argument("--variant", metavar="NAME", help="fp16: that variant of a folder's files")
+    c.add_argument("--tokenizer", metavar="F", help="folder with vocab.json and merges.txt, for single files without")
+    return top
+
+
+def model_options(c: Parser) -> None:
+    c.add_argument(
+        "--model", default="tiny", metavar="M", help="a name, hub id, folder or file (%(default)s, the bundled one)"
+    )
+    c.add_argument("--revision", metavar="NAME", help="of a hub repository")
+    c.add_argument("--variant", metavar="NAME", help="fp16: that variant of the files")
+    c.add_argument("--tokenizer", metavar="F", help="folder with vocab.json and merges.txt, for single files without")
+
+
+def size(text: str) -> tuple[int, int]:
+    """`512x768` or `512` -> (width, height)."""
+    width, _, height = text.lower().partition("x")
+    try:
+        return int(width), int(height or width)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected WIDTHxHEIGHT such as 512x768, found {text!r}") from None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 0 done, 2 the user can mend it, 130 stopped; defects raise."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    say = logging.StreamHandler()  # to stderr: what the loader and the pipeline have to tell
+    say.setFormatter(logging.Formatter("note: %(message)s"))
+    say.addFilter(Once())
+    logging.getLogger("sdcore").handlers = [say]
+    logging.getLogger("sdcore").propagate = False
+    try:
+        args = parser().parse_args(words)
+        args.words = words
+        return args.run(args) or 0
+    except SdcoreError as error:
+        return complain(str(error))
+    except KeyboardInterrupt:
+        print("sdcore: stopped, nothing was written", file=sys.stderr)
+        return 130
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] == "sdcore":
+            return complain(f"{error}: this copy of the core stands alone; install the whole package")
+        raise
+    except (MemoryError, RuntimeError) as error:  # torch raises a kind of RuntimeError, on the CPU a bare one
+        if "memory" not in str(error) and not isinstance(error, MemoryError):
+            raise
+        return complain("not enough memory for this; try a smaller --size, --dtype float16, or --offload")
+
+
+class Once(logging.Filter):
+    """Every notice once: all pictures of many have the same to say."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.said: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        new = record.getMessage() not in self.said
+        self.said.add(record.getMessage())
+        return new
+
+
+def complain(message: str) -> int:
+    print(f"sdcore: {one_line(message)}", file=sys.stderr)
+    return 2
+
+
+def one_line(text: str) -> str:
+    """No line breaks, and nothing that a terminal would obey: prompts and file names come from strangers."""
+    return "".join(c if c.isprintable() else " " if c in "\n\t" else repr(c)[1:-1] for c in text)
+
+
+# --- generate
+
+
+def generate(args: argparse.Namespace) -> None:
+    """Load, draw one picture after the other (so that each can be made again alone, bit for bit), write all at the end."""
+    recorded = take_settings(args) if args.source else {}
+    if args.prompt is None:
+        raise PromptError("prompt: missing; say what to draw, or give --from a PNG that sdcore made")
+    if not args.prompt.strip():
+        raise PromptError("prompt: empty; say what to draw")
+    if not 1 <= args.count <= MAX_COUNT:
+        raise ConfigError(f"--count: expected 1 to {MAX_COUNT}, found {args.count}")
+    import torch
+
+    from sdcore import image
+
+    out = Path(args.out)
+    files = [out.with_name(f"{out.stem}-{i + 1}{out.suffix}") for i in range(args.count)] if args.count > 1 else []
+    targets = [out, *files, *([Path(args.strip)] if args.strip else [])]
+    for target in targets:
+        image.check_target(target)  # before the work, not after it
+    if len({target.resolve() for target in targets}) < len(targets):
+        raise ImageError(f"{args.strip}: the strip would replace the picture; give --strip another name")
+
+    if recorded.get("device") == "cpu" and isinstance(threads := recorded.get("threads"), int) and 1 <= threads <= 256:
+        torch.set_num_threads(threads)  # the order of a CPU's sums, and so their rounding, hangs on it
+    begin = time.perf_counter()
+    loading = {name: getattr(args, name) for name in ("revision", "variant", "tokenizer") if getattr(args, name)}
+    pipe = sdcore.load(args.model, device=args.device, dtype=args.dtype, offload=args.offload, **loading)
+    loaded = time.perf_counter()
+    settings = describe(args, pipe) | loading
+    for name in ("model_id", "torch", "device", "dtype"):
+        if name in recorded and recorded[name] != settings[name]:
+            tell(f"the picture was made with {name} {recorded[name]}, here it is {settings[name]}: it may differ")
+
+    pictures, previews, labels = [], [], []
+    for i in range(args.count):
+        run = pipe.steps(
+            args.prompt, args.negative, steps=args.steps, guidance=args.guidance, sampler=args.sampler,
+            schedule=args.schedule, seed=args.seed + i, size=args.size,
+        )  # fmt: skip
+        bar = Bar(len(run.steps), f"picture {i + 1} of {args.count}" if args.count > 1 else "drawing")
+        for progress in run:
+            bar.step()
+            if args.strip and i == 0:
+                previews += image.to_pictures(pipe.decode(progress.x0))
+                labels.append(f"step {progress.step.i + 1}/{progress.total}\nnoise {progress.step.sigma:.3g}")
+        bar.close()
+        picture = image.to_pictures(pipe.decode(progress.x))[0]
+        picture.metadata = settings | {"seed": args.seed + i, "size": f"{picture.size[0]}x{picture.size[1]}"}
+        pictures.append(picture)
+    drawn = time.perf_counter()
+
+    if args.count > 1:
+        sheet = image.grid(pictures)
+        sheet.metadata = pictures[0].metadata | {"count": args.count}
+        pictures = [sheet, *pictures]
+    if args.strip:
+        previews[0].metadata = pictures[0].metadata
+        pictures.append(image.strip(previews, labels))
+    for picture, target in zip(pictures, targets, strict=True):
+        picture.save(target)
+    report = {
+        "images": [str(file) for file in files or [out]],
+        "grid": str(out) if files else None,
+        "strip": args.strip,
+        "seeds": [args.seed + i for i in range(args.count)],
+        "settings": pictures[0].metadata,
+        "notices": run.notices,
+        "seconds": {"load": round(loaded - begin, 3), "draw": round(drawn - loaded, 3)},
+    }
+    print(json.dumps(report) if args.json else "\n".join(map(str, targets)))
+
+
+def take_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Read the settings of `--from` into `args`, under what the user gave, and return them.
+
+    They become words of the command line and are parsed like any: a stranger's PNG can say no more than a user could type.
+    """
+    from sdcore import image
+
+    recorded = image.read_metadata(args.source)
+    if "prompt" not in recorded:
+        raise ImageError(
+            f"{args.source}: has no settings in it; only PNGs keep them, and many web sites strip them off"
+        )
+    ours = str(recorded.get("version", "")).startswith("sdcore ")
+    if not ours:
+        tell(
+            f"{args.source}: made by another program; its settings are taken, not its model, and the picture will differ"
+        )
+    words = [f"--{name}={recorded[name]}" for name in (RECORDED if ours else FOREIGN) if recorded.get(name) is not None]
+    at = args.words.index("generate") + 1
+    again = parser().parse_args([*args.words[:at], *words, *args.words[at:]])
+    vars(args).update(vars(again))
+    args.prompt = str(recorded["prompt"]) if args.prompt is None else args.prompt
+    return recorded if ours else {}
+
+
+def describe(args: argparse.Namespace, pipe) -> dict[str, Any]:
+    """Everything that decides how the picture comes out."""
+    import torch
+
+    given = {name: getattr(args, name) for name in ("model", "prompt", "negative", "steps", "guidance", "schedule")}
+    return given | {
+        "sampler": args.sampler or pipe.scheduler.sampler,
+        "device": pipe.device.type,
+        "dtype": str(next(pipe.unet.parameters()).dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "model_id": model_id(pipe),
+        "version": f"sdcore {sdcore.__version__}",
+    }
+
+
+def model_id(pipe) -> str:
+    """Ten hex digits over the names, shapes and first values of all weights: two models do not share it."""
+    import hashlib
+
+    digest = hashlib.sha256()
+    for part in (pipe.unet, pipe.vae, *pipe.text_encoders):
+        for name, tensor in part.state_dict().items():
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.flatten()[:8].tolist()}".encode())
+    return digest.hexdigest()[:10]
+
+
+class Bar:
+    """A progress bar on stderr, and none where stderr is no terminal."""
+
+    def __init__(self, total: int, text: str):
+        from tqdm import tqdm
+
+        self.bar = tqdm(total=total, desc=text, disable=None, leave=False, file=sys.stderr)
+        self.step, self.close = self.bar.update, self.bar.close
+
+
+def tell(message: str) -> None:
+    logging.getLogger("sdcore").warning(one_line(message))
+
+
+# --- the others
+
+
+def train(args: argparse.Namespace) -> int:
+    if args.method == "text2image":
+        from sdcore.train import text2image as method
+    else:
+        from sdcore.train import vae as method
+    return method.main(args.rest)
+
+
+def inspect(args: argparse.Namespace) -> None:
+    from sdcore.weights import fetch, report
+
+    found = report.inspect(fetch.resolve(args.model, variant=args.variant), variant=args.variant)
+    print(found.to_json() if args.json else found.to_text())
+
+
+def convert(args: argparse.Namespace) -> None:
+    from sdcore.weights import fetch
+    from sdcore.weights.convert import convert as convert_
+    from sdcore.weights.load import choose
+
+    dtype = choose("cpu", args.dtype)[1] if args.dtype else None
+    source = fetch.resolve(args.model, variant=args.variant)
+    print(
+        convert_(source, args.target, args.layout, dtype, ema=args.ema, variant=args.variant, tokenizer=args.tokenizer)
+    )
