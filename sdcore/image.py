@@ -209,7 +209,12 @@ def parse_parameters(text: str) -> dict[str, Any]:
         except (KeyError, ValueError):
             continue
     if "sampler" in settings:
+        name, _, curve = settings["sampler"].rpartition(" ")  # older files say "DPM++ 2M Karras" in one
+        if curve in ("Karras", "Exponential"):
+            settings |= {"sampler": name, "schedule": curve}
         settings["sampler"] = ours_by_name.get(settings["sampler"].lower(), settings["sampler"])
+    if (schedule := settings.pop("schedule", "automatic").lower().replace(" ", "_")) != "automatic":
+        settings["schedule"] = schedule
     return settings
 
 

@@ -118,6 +118,11 @@ def test_parameters_of_other_tools(tmp_path):
     ("only a prompt", {"prompt": "only a prompt"}),
     ("Style: oil, mood: calm", {"prompt": "Style: oil, mood: calm"}),
     ("p\nSteps: many, Seed: 1e9, CFG scale: x, Sampler: Own", {"prompt": "p", "sampler": "Own"}),
+    ("p\nSteps: 1, Sampler: DPM++ 2M Karras, Seed: 2",
+     {"prompt": "p", "steps": 1, "sampler": "dpmpp_2m", "schedule": "karras", "seed": 2}),
+    ("p\nSteps: 1, Sampler: LMS, Schedule type: SGM Uniform",
+     {"prompt": "p", "steps": 1, "sampler": "lms", "schedule": "sgm_uniform"}),
+    ("p\nSteps: 1, Sampler: LMS, Schedule type: Automatic", {"prompt": "p", "steps": 1, "sampler": "lms"}),
     ("p\nNegative prompt:\nSteps: 1, Seed: 2, Size: 8x8", {"prompt": "p", "negative": "", "steps": 1, "seed": 2, "size": "8x8"}),
 ])  # fmt: skip
 def test_parameters_that_are_odd(text, settings):
