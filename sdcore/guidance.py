@@ -17,6 +17,7 @@ from torch import Tensor
 
 from sdcore.errors import ConfigError
 from sdcore.samplers import Denoise, Step
+from sdcore.scheduler import check_share
 
 # (network input [n, c, h, w], step) -> output [n, c, h, w]; n is b, or 2b with the b negative conditions first. The conditions
 # are the caller's to hold: a closure over them, and over what was computed once per image or once per step (index step.i).
@@ -42,8 +43,7 @@ def denoiser(
     The arithmetic after the network runs in x's dtype. Raises ConfigError for values outside their range.
     """
     low, high = interval
-    if not 0 <= rescale <= 1:
-        raise ConfigError(f"guidance rescale must lie between 0 and 1, found {rescale}")
+    check_share("guidance rescale", rescale)
     if not 0 <= low <= high:
         raise ConfigError(f"a guidance interval must satisfy 0 <= low <= high (sigmas), found {interval}")
 

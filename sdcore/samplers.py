@@ -131,7 +131,7 @@ def check_options(name: str, known: dict[str, Any], given: dict[str, Any]) -> No
             raise unknown(f"option of {name}", key, known)
         default = known[key]
         if isinstance(default, float):
-            fits = isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0
+            fits = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= max(default, 1e6)
             wanted = "a number that is not negative"
         else:
             fits, wanted = type(value) is type(default), f"of type {type(default).__name__}"

@@ -80,6 +80,12 @@ def check_choice(kind: str, name: object, known: Sequence[str]) -> None:
         raise unknown(kind, name, known)
 
 
+def check_share(kind: str, value: float) -> None:
+    """Raises ConfigError when `value` is not between 0 and 1."""
+    if not 0 <= value <= 1:
+        raise ConfigError(f"{kind} must lie between 0 and 1, found {value}")
+
+
 def check_config(config: SchedulerConfig) -> None:
     """Raises ConfigError when a field of `config` is outside its range."""
     if config.prediction_type not in PREDICTIONS:
@@ -184,9 +190,7 @@ DIFFUSION = Family("leading", whole=True, one_more=False, full_range=False)  # d
 KARRAS = Family("linspace", whole=False, one_more=False, full_range=False)  # euler, heun, lms, ... of k-diffusion
 KARRAS_ROUNDED = replace(KARRAS, round_karras=True)  # dpm2, dpm2_a
 KARRAS_DOUBLE = replace(KARRAS, double=True)  # dpmpp_sde
-EXPONENTIAL = Family(
-    "linspace", whole=True, one_more=True, full_range=True, round_karras=True
-)  # dpm++ multistep and kin
+EXPONENTIAL = Family("linspace", whole=True, one_more=True, full_range=True, round_karras=True)  # dpmpp_2m, unipc, deis
 
 # "Align your steps" (2404.14507), the authors' published ten-step tables; the eleventh level is where they end.
 AYS = {
@@ -262,6 +266,7 @@ def grid(
     log_table = np.log(table)
     spacing = schedule if schedule in SPACINGS else config.spacing or family.spacing
     check_choice("final_sigma", last, ("zero", "sigma_min", "repeat"))
+    own = timesteps is not None or sigma_list is not None
     if sigma_list is not None:
         sigma = np.asarray(sigma_list, dtype=np.float32)
         t = timestep_of(sigma.astype(float), log_table)
@@ -290,9 +295,9 @@ def grid(
         t = t.astype(np.float32)
     sigma = sigma.astype(np.float32)
     if not (len(sigma) and sigma[-1] > 0 and (np.diff(sigma) < 0).all()):
-        where = schedule or spacing
+        where = "levels of your own" if own else f"the schedule {schedule or spacing!r}"
         raise ConfigError(
-            f"{len(sigma)} steps do not fit the schedule {where!r}: its noise levels would not fall; use fewer"
+            f"{len(sigma)} steps do not fit {where}: the noise levels must fall from each to the next; use fewer"
         )
     points = [Point(t, s, 1 / (s * s + 1)) for t, s in zip(t.tolist(), sigma.tolist(), strict=True)]
     end = {"zero": 0.0, "sigma_min": float(table[0]), "repeat": points[-1].sigma}[last]

@@ -40,6 +40,7 @@ from sdcore.scheduler import (
     Step,
     check_choice,
     check_count,
+    check_share,
     sigmas,
     table_point,
     timestep_of,
@@ -131,8 +132,8 @@ class Plan:
         return Point(float(t), sigma, 1 / (sigma**2 + 1))
 
     def middles(self, upper: list[Point], lower: list[Point] | None = None) -> list[Point]:
-        """Halfway in log sigma between each point and the next one (of `lower`), in fp32 as a whole, since it is
-        compared bit by bit."""
+        """Halfway in log sigma between each point and the next one (of `lower`). In fp32 and on the whole list at once, as
+        diffusers does it, so that sigmas and timesteps come out equal to the last bit."""
         above = torch.tensor([p.sigma for p in upper])
         below = torch.tensor([p.sigma for p in lower or upper])
         middle = below.log().lerp(above.roll(1).log(), 0.5).exp()[1:]
@@ -206,6 +207,7 @@ def ddim(plan: Plan, *, eta: float = 0.0) -> None:
     """Denoising diffusion implicit models: x0 now, with the same eps put back at the next level. 2010.02502 eq. 12
     and 16; eta = 1 is as random as ddpm. Follows diffusers, where every move spans train_steps // n timesteps
     whatever the spacing."""
+    check_share("eta", eta)
     for here, there in plan.pairs():
         x, x0 = plan.look(here)
         there = plan.below(here) if plan.stride else there
@@ -290,7 +292,7 @@ def euler(
     noise (the paper and k-diffusion: after)."""
     for here, there in plan.pairs():
         x, x0 = plan.look(here)
-        gamma = min(s_churn / len(plan.points), math.sqrt(2) - 1) if s_tmin <= here.sigma <= s_tmax else 0.0
+        gamma = min(s_churn / plan.n, math.sqrt(2) - 1) if s_tmin <= here.sigma <= s_tmax else 0.0
         hat = here.sigma * (1 + gamma)
         # The noise n moves x0 too, by x0_from_x * n; an epsilon model's slope (x + n - x0) / hat is its output whatever n.
         epsilon = plan.config.prediction_type == "epsilon"
@@ -496,7 +498,8 @@ def unipc(
             better = unipc_addition(clocks, guesses, clock(here), x0, k, variant)
             x = x - added + better * math.sqrt(here.alpha_bar)
         guesses, clocks = [x0, *guesses][:3], [clock(here), *clocks][:3]
-        k = min(order, i + 1, len(plan.points) - 1 - i if lower_order_final else order)
+        left = len(plan.points) - 1 - i  # moves, this one included
+        k = min(order, i + 1, left if lower_order_final else order) if there.sigma else 1
         h = clock(there) - clocks[0]
         signal = math.sqrt(there.alpha_bar)
         added = unipc_addition(clocks, guesses, clock(there), None, k, variant) * signal if k > 1 and h > 0 else ZERO
@@ -567,6 +570,7 @@ def lcm(plan: Plan) -> None:
 def tcd(plan: Plan, *, eta: float = 0.3) -> None:
     """Trajectory consistency: ddim down to a level between the next one and zero, noise back up to the next.
     2402.19159 algorithm 4; eta = 0 is deterministic, 1 is lcm-like. Follows diffusers."""
+    check_share("eta", eta)
     for i, (here, there) in enumerate(plan.pairs()):
         x, x0 = plan.look(here)
         final = i == len(plan.points) - 2

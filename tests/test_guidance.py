@@ -1,0 +1,115 @@
+"""Guidance: what the network is asked, how its answers are mixed, and what x0 they amount to."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from sdcore.errors import ConfigError
+from sdcore.guidance import denoiser, rescaled, to_x0
+from sdcore.samplers import add_noise, make_steps
+from sdcore.scheduler import SD15_SCHEDULER
+
+STEPS = make_steps(SD15_SCHEDULER, 10, "euler")
+
+
+class Recorder:
+    """A network that answers `negative` and `positive` constants times its input, and remembers what it was asked."""
+
+    def __init__(self, negative=1.0, positive=2.0, dtype=None):
+        self.negative, self.positive, self.dtype, self.asked = negative, positive, dtype, []
+
+    def __call__(self, x, step):
+        self.asked.append((x.clone(), step))
+        half = len(x) // 2 if len(x) == 4 else 0
+        out = torch.cat([x[:half] * self.negative, x[half:] * self.positive])
+        return out.to(self.dtype) if self.dtype else out
+
+
+def latents():
+    return torch.randn(2, 4, 6, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def test_both_conditions_go_in_one_batch_the_negative_ones_first():
+    network, x, step = Recorder(), latents(), STEPS[3]
+    x0 = denoiser(network, guidance=7.5)(x, step)
+    (asked, told), entry = network.asked[0], x * step.input_scale
+    assert told is step and torch.equal(asked, torch.cat([entry, entry]))
+    output = entry + 7.5 * (2 * entry - entry)
+    assert torch.allclose(x0, x - step.sigma * output, rtol=1e-12)
+    assert step.input_scale == pytest.approx(1 / math.sqrt(step.sigma**2 + 1))
+
+
+@pytest.mark.parametrize("guidance", [1.0, 0.5, 0.0, -2.0])
+def test_guidance_of_one_and_below_asks_once(guidance):
+    network, x, step = Recorder(), latents(), STEPS[3]
+    x0 = denoiser(network, guidance=guidance)(x, step)
+    assert [len(asked) for asked, _ in network.asked] == [2]
+    assert torch.allclose(x0, x - step.sigma * 2 * x * step.input_scale, rtol=1e-12)
+
+
+def test_guidance_acts_inside_its_interval_of_sigmas_only():
+    network = Recorder()
+    denoise = denoiser(network, guidance=3.0, interval=(0.5, 5.0))
+    for step in STEPS:
+        denoise(latents(), step)
+    doubled = [len(asked) == 4 for asked, _ in network.asked]
+    assert doubled == [0.5 <= step.sigma <= 5.0 for step in STEPS] and any(doubled) and not all(doubled)
+
+
+def test_rescale_restores_the_standard_deviation_of_the_positive_output_image_by_image():
+    generator = torch.Generator().manual_seed(1)
+    positive = torch.randn(3, 4, 8, 8, generator=generator) * torch.tensor([1.0, 2.0, 5.0]).reshape(3, 1, 1, 1)
+    guided = positive * 3 + torch.randn(3, 4, 8, 8, generator=generator)
+    full, half = rescaled(guided, positive, 1.0), rescaled(guided, positive, 0.5)
+    assert torch.allclose(full.std(dim=(1, 2, 3)), positive.std(dim=(1, 2, 3)), rtol=1e-5)
+    for k in range(3):  # the formula of the paper, by numpy
+        g, p = guided[k].numpy().astype(float), positive[k].numpy().astype(float)
+        expected = 0.5 * g * (p.std(ddof=1) / g.std(ddof=1)) + 0.5 * g
+        assert np.allclose(half[k].numpy(), expected, rtol=1e-5)
+    assert torch.equal(rescaled(guided, positive, 0.0), guided)
+
+
+def test_rescale_is_of_the_guided_output_not_of_x0():
+    network, x, step = Recorder(negative=-1.0), latents(), STEPS[3]
+    entry = x * step.input_scale
+    guided = -entry + 4.0 * (2 * entry + entry)
+    x0 = denoiser(network, guidance=4.0, rescale=0.7)(x, step)
+    assert torch.allclose(x0, x - step.sigma * rescaled(guided, 2 * entry, 0.7), rtol=1e-12)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m", "ddim"])
+def test_a_perfect_prediction_gives_back_the_clean_latent(prediction, sampler):
+    """In both spaces, with v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0 of the latent as the network sees it."""
+    clean, noise = latents(), latents().flip(0)
+    for step in make_steps(replace(SD15_SCHEDULER, prediction_type=prediction), 10, sampler):
+        x = add_noise(clean, noise, step)
+        a, s = math.sqrt(1 / (step.sigma**2 + 1)), step.sigma / math.sqrt(step.sigma**2 + 1)
+        output = {"epsilon": noise, "v_prediction": a * noise - s * clean, "sample": clean}[prediction]
+        assert torch.allclose(to_x0(x, output, step), clean, rtol=1e-9, atol=1e-9)
+        assert torch.allclose(x * step.input_scale, a * clean + s * noise, rtol=1e-9, atol=1e-9)
+
+
+def test_the_arithmetic_stays_in_the_precision_of_x():
+    network = Recorder(dtype=torch.bfloat16)
+    assert denoiser(network, guidance=5.0)(latents().float(), STEPS[0]).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        dict(rescale=-0.1),
+        dict(rescale=1.5),
+        dict(rescale=float("nan")),
+        dict(interval=(2.0, 1.0)),
+        dict(interval=(-1.0, 1.0)),
+        dict(interval=(float("nan"), 1.0)),
+    ],
+    ids=str,
+)
+def test_refuses_what_has_no_meaning(arguments):
+    with pytest.raises(ConfigError):
+        denoiser(Recorder(), guidance=5.0, **arguments)
