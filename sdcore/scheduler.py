@@ -300,7 +300,7 @@ def grid(
             f"{len(sigma)} steps do not fit {where}: the noise levels must fall from each to the next; use fewer"
         )
     points = [Point(t, s, 1 / (s * s + 1)) for t, s in zip(t.tolist(), sigma.tolist(), strict=True)]
-    end = {"zero": 0.0, "sigma_min": float(table[0]), "repeat": points[-1].sigma}[last]
+    end = {"zero": 0.0, "sigma_min": min(float(table[0]), points[-1].sigma), "repeat": points[-1].sigma}[last]
     return points + [Point(0.0, end, 1 / (end * end + 1))]
 
 

@@ -218,10 +218,10 @@ def ddim(plan: Plan, *, eta: float = 0.0) -> None:
 
 @sampler("vp", DIFFUSION, points="even")
 def pndm(plan: Plan) -> None:
-    """Pseudo linear multistep, "PLMS": ddim along an eps extrapolated from the last four. 2202.09778 eq. 9 and 12.
-    It warms up with formulas of rising order, of which the first looks twice; or, with `skip_prk_steps=False`, with
-    Runge-Kutta over the first three intervals. Follows diffusers, which mixes the network's raw outputs (v for a v
-    model)."""
+    """Pseudo linear multistep, "PLMS": ddim's move along an eps extrapolated from the last four (2202.09778, with the
+    Adams-Bashforth weights). It warms up with formulas of rising order, of which the first looks twice; or, with
+    `skip_prk_steps=False`, with Runge-Kutta over the first three intervals. Follows diffusers, which mixes the network's raw
+    outputs (v for a v model)."""
     outs: list[Sum] = []
     points = plan.points[:-1]
 
@@ -365,7 +365,7 @@ def dpmpp_2m(
     lower_order_final: bool = True,
     euler_at_final: bool = False,
 ) -> None:
-    """DPM-Solver++ (2M). 2211.01095 algorithm 2 (orders 1 and 3: its appendix). `solver` is how the slope of x0
+    """DPM-Solver++ (2M). 2211.01095 algorithm 2 (order 1 is ddim; order 3 as diffusers). `solver` is how the slope of x0
     enters at order 2. Follows diffusers, which falls back to order 1 on the last step and, below 15 steps, to order
     2 on the last but one."""
     exponential(plan, order, solver, 0.0, 0.0, lower_order_final, euler_at_final)
@@ -381,7 +381,7 @@ def dpmpp_2m_sde(
     lower_order_final: bool = True,
     euler_at_final: bool = False,
 ) -> None:
-    """SDE-DPM-Solver++ (2M). 2211.01095 eq. 18; eta from k-diffusion `sample_dpmpp_2m_sde`. At eta = 1 as
+    """SDE-DPM-Solver++ (2M). 2211.01095 section 5; eta from k-diffusion `sample_dpmpp_2m_sde`. At eta = 1 as
     diffusers' `sde-dpmsolver++`. One independent normal per step: increments of a Brownian path over intervals that
     do not overlap."""
     exponential(plan, 2, solver, eta, s_noise, lower_order_final, euler_at_final)
@@ -484,7 +484,7 @@ def unipc(
     plan: Plan, *, order: int = 2, variant: str = "bh2", corrector: bool = True, lower_order_final: bool = True
 ) -> None:
     """UniPC: a multistep predictor of x0, and a corrector that reuses its evaluation for the step before.
-    2302.04867 algorithms 5 to 8, data prediction; `variant` is its B(h): bh1 = h, bh2 = e^h - 1. Follows diffusers
+    2302.04867, multistep with data prediction; `variant` is its B(h): bh1 = h, bh2 = e^h - 1. Follows diffusers
     (bh2, order 2; A1111 has bh1, order 3)."""
     check_count(order, 3, "order")
     check_choice("variant", variant, ("bh1", "bh2"))
@@ -533,7 +533,7 @@ def unipc_addition(
 
 @sampler("vp", EXPONENTIAL, last="sigma_min", last_of_curve="repeat")
 def deis(plan: Plan, *, order: int = 2, lower_order_final: bool = True) -> None:
-    """DEIS, log-rho multistep: eps extrapolated as a polynomial of log sigma. 2204.13902 eq. 15 with its rho the
+    """DEIS, log-rho multistep: eps extrapolated as a polynomial of log sigma. 2204.13902, its rho being the
     sigma here. Follows diffusers, which ends at the smallest sigma of the table, not at zero (and on a curve of
     sigmas wastes the last step)."""
     check_count(order, 3, "order")
@@ -553,7 +553,7 @@ def deis(plan: Plan, *, order: int = 2, lower_order_final: bool = True) -> None:
 
 @sampler("vp", DIFFUSION, points="distilled")
 def lcm(plan: Plan) -> None:
-    """Latent consistency: jump to x0, add fresh noise of the next level. 2310.04378 algorithm 3; the boundary
+    """Latent consistency: jump to x0, add fresh noise of the next level. 2310.04378; the boundary
     condition c_skip, c_out of consistency models, 2303.01469 appendix C. Follows diffusers."""
     for i, (here, there) in enumerate(plan.pairs()):
         x, x0 = plan.look(here)
@@ -569,7 +569,7 @@ def lcm(plan: Plan) -> None:
 @sampler("vp", DIFFUSION, points="distilled")
 def tcd(plan: Plan, *, eta: float = 0.3) -> None:
     """Trajectory consistency: ddim down to a level between the next one and zero, noise back up to the next.
-    2402.19159 algorithm 4; eta = 0 is deterministic, 1 is lcm-like. Follows diffusers."""
+    2402.19159, its strategic stochastic sampling; eta = 0 is deterministic, 1 is lcm-like. Follows diffusers."""
     check_share("eta", eta)
     for i, (here, there) in enumerate(plan.pairs()):
         x, x0 = plan.look(here)
@@ -616,10 +616,14 @@ def lagrange(nodes: list[float]) -> list[np.ndarray]:
 def integral_of_log(p: np.ndarray, low: float, high: float) -> float:
     """Integral of p(log s) ds: its antiderivative is s (p - p' + p'' - ...)(log s)."""
     anti = derivative = p
-    for k in range(1, len(anti)):
+    for k in range(1, len(p)):
         derivative = np.polyder(derivative)
         anti = np.polyadd(anti, (-1) ** k * derivative)
-    return float(high * np.polyval(anti, math.log(high)) - low * np.polyval(anti, math.log(low)))
+
+    def value(s: float) -> float:
+        return float(s * np.polyval(anti, math.log(s))) if s else 0.0
+
+    return value(high) - value(low)
 
 
 def total(sums: Iterable[Sum]) -> Sum:

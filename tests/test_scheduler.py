@@ -224,6 +224,14 @@ def test_every_sampler_takes_every_count_and_schedule_it_offers(sampler):
             assert n <= len(steps) <= max(2 * n - 1, 1) if sampler != "pndm" else len(steps) == n + (n > 1)
 
 
+@pytest.mark.parametrize("sampler", [name for name in SAMPLERS if SAMPLERS[name].points == "any"])
+@pytest.mark.parametrize("end", ["zero", "sigma_min"])
+def test_every_sampler_takes_both_ends(sampler, end):
+    for schedule in (None, "karras"):
+        steps = make_steps(SD15_SCHEDULER, 10, sampler, schedule, final_sigma=end)
+        assert np.isfinite([v for s in steps for v in (s.std, *np.ravel(s.weights))]).all()
+
+
 def test_a_step_is_made_of_python_numbers():
     for sampler in SAMPLERS:
         for step in make_steps(SchedulerConfig(), 4, sampler):
