@@ -28,6 +28,7 @@ RECORDED = (
     "model", "revision", "variant", "tokenizer", "negative", "steps", "guidance", "sampler", "schedule", "seed", "count",
     "size", "device", "dtype",
 )  # fmt: skip
+NO_MEMORY = ("out of memory", "can't allocate memory")
 FOREIGN = ("negative", "steps", "guidance", "sampler", "schedule", "seed", "size")  # of these from another tool's PNG
 
 
@@ -131,14 +132,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SdcoreError as error:
         return complain(str(error))
     except KeyboardInterrupt:
-        print("sdcore: stopped, nothing was written", file=sys.stderr)
+        print("sdcore: stopped", file=sys.stderr)
         return 130
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] == "sdcore":
             return complain(f"{error}: this copy of the core stands alone; install the whole package")
         raise
-    except (MemoryError, RuntimeError) as error:  # torch raises a kind of RuntimeError, on the CPU a bare one
-        if "memory" not in str(error) and not isinstance(error, MemoryError):
+    except (MemoryError, RuntimeError) as error:  # torch raises RuntimeErrors: of its own kind on a GPU, bare on a CPU
+        if not isinstance(error, MemoryError) and not any(words in str(error) for words in NO_MEMORY):
             raise
         return complain("not enough memory for this; try a smaller --size, --dtype float16, or --offload")
 
@@ -172,23 +173,10 @@ def one_line(text: str) -> str:
 def generate(args: argparse.Namespace) -> None:
     """Load, draw one picture after the other (so that each can be made again alone, bit for bit), write all at the end."""
     recorded = take_settings(args) if args.source else {}
-    if args.prompt is None:
-        raise PromptError("prompt: missing; say what to draw, or give --from a PNG that sdcore made")
-    if not args.prompt.strip():
-        raise PromptError("prompt: empty; say what to draw")
-    if not 1 <= args.count <= MAX_COUNT:
-        raise ConfigError(f"--count: expected 1 to {MAX_COUNT}, found {args.count}")
+    targets = check(args)
     import torch
 
     from sdcore import image
-
-    out = Path(args.out)
-    files = [out.with_name(f"{out.stem}-{i + 1}{out.suffix}") for i in range(args.count)] if args.count > 1 else []
-    targets = [out, *files, *([Path(args.strip)] if args.strip else [])]
-    for target in targets:
-        image.check_target(target)  # before the work, not after it
-    if len({target.resolve() for target in targets}) < len(targets):
-        raise ImageError(f"{args.strip}: the strip would replace the picture; give --strip another name")
 
     if recorded.get("device") == "cpu" and isinstance(threads := recorded.get("threads"), int) and 1 <= threads <= 256:
         torch.set_num_threads(threads)  # the order of a CPU's sums, and so their rounding, hangs on it
@@ -201,43 +189,76 @@ def generate(args: argparse.Namespace) -> None:
         if name in recorded and recorded[name] != settings[name]:
             tell(f"the picture was made with {name} {recorded[name]}, here it is {settings[name]}: it may differ")
 
-    pictures, previews, labels = [], [], []
-    for i in range(args.count):
-        run = pipe.steps(
-            args.prompt, args.negative, steps=args.steps, guidance=args.guidance, sampler=args.sampler,
-            schedule=args.schedule, seed=args.seed + i, size=args.size,
-        )  # fmt: skip
-        bar = Bar(len(run.steps), f"picture {i + 1} of {args.count}" if args.count > 1 else "drawing")
-        for progress in run:
-            bar.step()
-            if args.strip and i == 0:
-                previews += image.to_pictures(pipe.decode(progress.x0))
-                labels.append(f"step {progress.step.i + 1}/{progress.total}\nnoise {progress.step.sigma:.3g}")
-        bar.close()
-        picture = image.to_pictures(pipe.decode(progress.x))[0]
-        picture.metadata = settings | {"seed": args.seed + i, "size": f"{picture.size[0]}x{picture.size[1]}"}
-        pictures.append(picture)
+    seeds = [args.seed + i for i in range(args.count)]
+    previews: list[tuple[image.Picture, str]] | None = [] if args.strip else None
+    made = [draw(pipe, args, settings, seed, previews if seed == args.seed else None) for seed in seeds]
+    pictures, notices = [picture for picture, _ in made], made[0][1]
     drawn = time.perf_counter()
-
     if args.count > 1:
         sheet = image.grid(pictures)
         sheet.metadata = pictures[0].metadata | {"count": args.count}
         pictures = [sheet, *pictures]
-    if args.strip:
-        previews[0].metadata = pictures[0].metadata
-        pictures.append(image.strip(previews, labels))
+    if previews:
+        strip = image.strip([picture for picture, _ in previews], [label for _, label in previews])
+        strip.metadata = pictures[0].metadata
+        pictures.append(strip)
     for picture, target in zip(pictures, targets, strict=True):
         picture.save(target)
+
+    names = [str(target) for target in targets]
     report = {
-        "images": [str(file) for file in files or [out]],
-        "grid": str(out) if files else None,
+        "images": names[1 : args.count + 1] if args.count > 1 else names[:1],
+        "grid": names[0] if args.count > 1 else None,
         "strip": args.strip,
-        "seeds": [args.seed + i for i in range(args.count)],
+        "seeds": seeds,
         "settings": pictures[0].metadata,
-        "notices": run.notices,
+        "notices": notices,
         "seconds": {"load": round(loaded - begin, 3), "draw": round(drawn - loaded, 3)},
     }
-    print(json.dumps(report) if args.json else "\n".join(map(str, targets)))
+    print(json.dumps(report) if args.json else "\n".join(names))
+
+
+def check(args: argparse.Namespace) -> list[Path]:
+    """Return where the pictures go: the one or the sheet, then each of many, then the strip. What can fail, fails now."""
+    if args.prompt is None:
+        raise PromptError("prompt: missing; say what to draw, or give --from a PNG that sdcore made")
+    if not args.prompt.strip():
+        raise PromptError("prompt: empty; say what to draw")
+    if not 1 <= args.count <= MAX_COUNT:
+        raise ConfigError(f"--count: expected 1 to {MAX_COUNT}, found {args.count}")
+    from sdcore import image
+
+    out = Path(args.out)
+    targets = [out]
+    if args.count > 1:
+        targets += [out.with_name(f"{out.stem}-{i + 1}{out.suffix}") for i in range(args.count)]
+    if args.strip:
+        targets.append(Path(args.strip))
+    for target in targets:
+        image.check_target(target)
+    if len({target.resolve() for target in targets}) < len(targets):
+        raise ImageError(f"{args.strip}: the strip would replace the picture; give --strip another name")
+    return targets
+
+
+def draw(pipe, args: argparse.Namespace, settings: dict[str, Any], seed: int, previews: list | None):
+    """Return the picture from `seed` and what is to say of it; with `previews`, decode every step's guess into it too."""
+    from tqdm import tqdm
+
+    from sdcore import image
+
+    run = pipe.steps(
+        args.prompt, args.negative, steps=args.steps, guidance=args.guidance, sampler=args.sampler,
+        schedule=args.schedule, seed=seed, size=args.size,
+    )  # fmt: skip
+    # disable=None: a bar only where stderr is a terminal
+    for progress in tqdm(run, total=len(run.steps), desc=f"seed {seed}", disable=None, leave=False, file=sys.stderr):
+        if previews is not None:
+            label = f"step {progress.step.i + 1}/{progress.total}\nnoise {progress.step.sigma:.3g}"
+            previews.append((image.to_pictures(pipe.decode(progress.x0))[0], label))
+    picture = image.to_pictures(pipe.decode(progress.x))[0]
+    picture.metadata = settings | {"seed": seed, "size": f"{picture.size[0]}x{picture.size[1]}"}
+    return picture, run.notices
 
 
 def take_settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -290,16 +311,6 @@ def model_id(pipe) -> str:
         for name, tensor in part.state_dict().items():
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.flatten()[:8].tolist()}".encode())
     return digest.hexdigest()[:10]
-
-
-class Bar:
-    """A progress bar on stderr, and none where stderr is no terminal."""
-
-    def __init__(self, total: int, text: str):
-        from tqdm import tqdm
-
-        self.bar = tqdm(total=total, desc=text, disable=None, leave=False, file=sys.stderr)
-        self.step, self.close = self.bar.update, self.bar.close
 
 
 def tell(message: str) -> None:

@@ -27,6 +27,11 @@ def model(tmp_path_factory):
     return tiny_models.write_folder(tmp_path_factory.mktemp("models") / "sd1", "sd1")
 
 
+@pytest.fixture(scope="module")
+def xl(tmp_path_factory):
+    return tiny_models.write_folder(tmp_path_factory.mktemp("models") / "sdxl", "sdxl")
+
+
 @pytest.fixture
 def run(model, tmp_path, monkeypatch, capsys):
     """`run("generate", ...)` in an empty folder -> (exit code, stdout, stderr); generate gets the small model, 2 steps."""
@@ -356,15 +361,14 @@ def without(file, key):
     save_file(weights, file)
 
 
-def test_parts_of_two_families(run, model, tmp_path):
-    """An SD 1 folder with an SD 2 text encoder of another width does not load by half."""
-    other = tiny_models.write_folder(tmp_path / "xl", "sdxl")
+def test_parts_of_two_families(run, model, xl, tmp_path):
+    """An SD 1 folder with SDXL's second text encoder does not load by half."""
     mixed = tmp_path / "mixed"
     mixed.mkdir()
     for part in model.iterdir():
-        (mixed / part.name).symlink_to(other / "text_encoder_2" if part.name == "text_encoder" else part)
+        (mixed / part.name).symlink_to(xl / "text_encoder_2" if part.name == "text_encoder" else part)
     refused(run("generate", PROMPT, "--model", mixed), "text_encoder")
-    assert files() == ["mixed", "xl"]
+    assert files() == ["mixed"]
 
 
 def test_nan_gives_no_picture(run, monkeypatch):
@@ -426,7 +430,7 @@ def test_help_and_mistakes_need_no_torch(tmp_path):
 
 
 def test_a_signal_stops_it_cleanly(model, tmp_path):
-    words = [sys.executable, "-m", "sdcore", "generate", PROMPT, "--model", model, "--steps", "1000"]
+    words = [sys.executable, "-m", "sdcore", "generate", PROMPT, "--model", model, "--steps", "999"]
     child = subprocess.Popen(list(map(str, words)), stderr=subprocess.PIPE, text=True, cwd=tmp_path)
     begin, ticks = time.monotonic(), os.sysconf("SC_CLK_TCK")
     while time.monotonic() - begin < 300:  # five seconds of work later it is past its imports, and far from its end
@@ -436,4 +440,4 @@ def test_a_signal_stops_it_cleanly(model, tmp_path):
         time.sleep(0.2)
     child.send_signal(signal.SIGINT)
     _, err = child.communicate(timeout=120)
-    assert child.returncode == 130 and err == "sdcore: stopped, nothing was written\n" and files(tmp_path) == []
+    assert child.returncode == 130 and err == "sdcore: stopped\n" and files(tmp_path) == []
