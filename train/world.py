@@ -18,7 +18,7 @@ import functools
 import itertools
 import re
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -151,19 +151,23 @@ ROCKET: list[tuple[Sdf, tuple[float, float, float]]] = [  # painted in this orde
 ]
 
 
+STRIPE, GRID = 9.0, 8.5  # periods in pixels: a small autoencoder paints over anything finer
+
+
 def plain(u: Array, v: Array) -> Array:
     """No second tone. Textures give the share of the second tone, 0..1, at each pixel."""
     return np.zeros(np.broadcast_shapes(u.shape, v.shape), np.float32)
 
 
 def striped(u: Array, v: Array) -> Array:
-    """Slanted stripes, so that upright edges and bars cannot hide them: 3 pixels of each tone."""
-    return np.clip(np.abs((u + v) * np.float32(0.7071) % 6 - 3) - 1, 0, 1)
+    """Slanted stripes, so that upright edges and bars cannot hide them, both tones equally wide."""
+    wave = np.abs((u + v) * np.float32(0.7071) % STRIPE - STRIPE / 2)
+    return np.clip(wave - STRIPE / 4 + 0.5, 0, 1)
 
 
 def dotted(u: Array, v: Array) -> Array:
     """Round dots on a square grid, one of them at the centre."""
-    return np.clip(2.3 - np.hypot((u + 3.25) % 6.5 - 3.25, (v + 3.25) % 6.5 - 3.25), 0, 1)
+    return np.clip(0.31 * GRID + 0.5 - np.hypot((u + GRID / 2) % GRID - GRID / 2, (v + GRID / 2) % GRID - GRID / 2), 0, 1)
 
 
 TEXTURES: dict[str, Callable[[Array, Array], Array]] = {t.__name__: t for t in (plain, striped, dotted)}
@@ -283,7 +287,7 @@ def sample_scene(rng: np.random.Generator, count: int | None = None) -> Scene:
     order = [first, second] if RELATIONS[relation][axis] < 0 else [second, first]
     share = luck[13:16] + 0.2
     free = (SIDE - 2 * first.r - 2 * second.r - 10) * share / share.sum()
-    along = (3 + free[0] + order[0].r, SIDE - 3 - free[2] - order[1].r)
+    along = (2.5 + free[0] + order[0].r, SIDE - 2.5 - free[2] - order[1].r)
     across = SIDE / 2 + 5 * (2 * luck[16:18] - 1)
     placed = {}
     for thing, a, b in zip(order, along, across, strict=True):
@@ -299,19 +303,23 @@ def training_scene(rng: np.random.Generator, count: int | None = None) -> Scene:
 
 
 def vae_scene(rng: np.random.Generator) -> Scene:
-    """A training scene, or (one in eight) one with the reserved subject, style or look in it: for the autoencoder only."""
+    """A training scene, or (15 %) one with the reserved subject, style or look in it: for the autoencoder only."""
     scene, luck = training_scene(rng), rng.random(2)
-    if luck[0] >= 1 / 8:
+    if luck[0] >= 0.15:
         return scene
-    return reserve(scene, pick(luck[1], ("subject", "style", "look")))
+    return reserve(scene, pick(luck[1], ("subject", "style", "style", "look")))  # the night changes most, so it needs most
 
 
 def reserve(scene: Scene, what: str) -> Scene:
-    """The scene with something reserved in it: `what` is "subject", "style" or "look"; the first thing takes the former or latter."""
+    """The scene with "subject", "style" or "look" in it; the subject and the look befall its first thing."""
     if what == "style":
         return replace(scene, style=STYLE, background=None)
-    change = {"subject": {"shape": SUBJECT, "colour": None, "texture": None}, "look": dict(zip(("colour", "texture"), LOOK, strict=True))}
-    return replace(scene, things=(replace(scene.things[0], **change[what]), *scene.things[1:]))
+    thing = scene.things[0]
+    if what == "subject":
+        thing = replace(thing, shape=SUBJECT, colour=None, texture=None)
+    else:
+        thing = replace(thing, colour=LOOK[0], texture=LOOK[1])
+    return replace(scene, things=(thing, *scene.things[1:]))
 
 
 SAYINGS = {  # what is said for a value; the first wording is the canonical one
@@ -478,6 +486,18 @@ RADII = SIZES["small"] * 1.05 ** np.arange(-6, 15)
 BLURS = (0.0, 0.8, 1.4, 2.0, 2.6)  # standard deviations in pixels
 
 
+def blurred(image: Array, sigma: float) -> Array:
+    """A square image behind a Gaussian of standard deviation sigma pixels (0: as it is)."""
+    return kernel(len(image), sigma) @ image @ kernel(len(image), sigma) if sigma else image
+
+
+@functools.cache
+def kernel(side: int, sigma: float) -> Array:
+    """The Gaussian as a symmetric matrix that acts on rows or columns."""
+    ticks = np.arange(side, dtype=np.float32)
+    return np.exp(-0.5 * ((ticks[:, None] - ticks) / sigma) ** 2) / np.float32(sigma * np.sqrt(2 * np.pi))
+
+
 @functools.cache
 def bank(rim: float) -> tuple[list[Thing], list[float], Array]:
     """Every shape in every radius and blur, with its centre of mass in the middle of a 41 x 41 window.
@@ -485,16 +505,14 @@ def bank(rim: float) -> tuple[list[Thing], list[float], Array]:
     Gives the things (x, y: where the centre lies from the centre of mass), their blurs, and the windows [n, 1681] of length 1.
     """
     ticks = np.arange(-REACH, REACH + 1, dtype=np.float32)
-    kernels = [np.exp(-0.5 * ((ticks[:, None] - ticks) / max(sigma, 0.01)) ** 2) for sigma in BLURS]
-    kernels = [kernel / kernel.sum(1, keepdims=True) for kernel in kernels]
     things, blurs, windows = [], [], []
     for shape, r in itertools.product(OUTLINES, RADII):
         cover = coverage(OUTLINES[shape](ticks[None, :], ticks[:, None], r) - rim)
         drop = float((cover.sum(1) @ ticks) / cover.sum())
         cover = coverage(OUTLINES[shape](ticks[None, :], ticks[:, None] + drop, r) - rim)
         size = min(SIZES, key=lambda name: abs(np.log(r / SIZES[name])))
-        for sigma, kernel in zip(BLURS, kernels, strict=True):
-            window = (kernel @ cover @ kernel.T).ravel()
+        for sigma in BLURS:
+            window = blurred(cover, sigma).ravel()
             things.append(Thing(shape, None, size, None, 0.0, -drop, float(r)))
             blurs.append(sigma)
             windows.append(window / np.linalg.norm(window))
@@ -524,17 +542,19 @@ def fits(cover: Array, rim: float) -> dict[str, tuple[float, float, Thing]]:
 def patterns() -> tuple[list[str], Array]:
     """The textures in all phases, over the whole picture: their names and [n, 64, 64]."""
     names, shares = [], []
-    for name, period in (("striped", 6 / 0.7071), ("dotted", 6.5)):
+    for name, period in (("striped", STRIPE / 0.7071), ("dotted", GRID)):
         for i, j in itertools.product(range(6), range(1 if name == "striped" else 6)):
             names.append(name)
             shares.append(TEXTURES[name](U + i * period / 6, V + j * period / 6))
     return names, np.stack(shares).astype(np.float32)
 
 
-def surface(rgb: Array, inside: Array, blur: float) -> tuple[str | None, str]:
-    """Colour and texture of a thing from the pixels [3, 64, 64] that lie inside it (mask [64, 64])."""
-    pixels = rgb[:, inside]  # 3 n
-    mean = OPPONENT @ pixels.mean(1)
+def surface(rgb: Array, cover: Array, blur: float) -> tuple[str | None, str]:
+    """Colour and texture of a thing from the picture, unmixed from what surrounds it, and the thing's cover [64, 64]."""
+    inside = cover > min(0.6, 0.8 * cover.max())
+    pixels, weights = rgb[:, inside], cover[inside] ** 2  # where little of the thing is left, noise was magnified
+    weights /= weights.sum()
+    mean = OPPONENT @ (pixels @ weights)
     distances = {}
     for colour in (*COLOURS, LOOK[0]):  # from the mean to the stretch between the main tone and an even mixture of both
         main, second = (OPPONENT @ tone[:, 0, 0] for tone in tones(colour))
@@ -543,16 +563,15 @@ def surface(rgb: Array, inside: Array, blur: float) -> tuple[str | None, str]:
         distances[colour] = float(np.linalg.norm(mean - main - share * way))
     colour = min(distances, key=distances.__getitem__)
     main, second = (tone[:, 0, 0] for tone in tones(colour))
-    way = second - main
-    share = way @ pixels / (way @ way)  # of the second tone, at each pixel
-    share -= share.mean()
+    share = (second - main) @ pixels / ((second - main) @ (second - main))  # of the second tone, at each pixel
+    share -= share @ weights
     names, shares = patterns()
     waves = shares[:, inside]
-    waves = waves - waves.mean(1, keepdims=True)
-    power = (waves**2).sum(1) + 1e-6
-    likeness = waves @ share / np.sqrt(power * (share @ share) + 1e-6)
+    waves = waves - (waves @ weights)[:, None]
+    power, product = waves**2 @ weights, waves @ (weights * share)
+    likeness = product / np.sqrt(power * (share**2 @ weights) + 1e-9)
     best = int(likeness.argmax())
-    depth = waves[best] @ share / power[best] * np.exp(2 * (np.pi * blur / 6) ** 2)
+    depth = product[best] / power[best] * np.exp(2 * (np.pi * blur / STRIPE) ** 2)  # blur flattens waves of this length so
     return (colour if distances[colour] < 0.2 else None), names[best] if likeness[best] > 0.45 and depth > 0.25 else "plain"
 
 
@@ -563,8 +582,8 @@ def read(picture: Array) -> Scene:
     edge[2:-2, 2:-2] = False
     tone = np.median(rgb[:, edge], axis=1)
     night = nearest(tone, BACKGROUNDS | {STYLE: NIGHT}, np.inf) == STYLE
-    light = backdrop("white")[:, :, :1] / backdrop("white").mean()
-    ground = tone[:, None, None] * light
+    fall = backdrop("white")[:, :, :1] / backdrop("white").mean()
+    ground = tone[:, None, None] * fall
     apart = np.sqrt(((rgb - ground) ** 2).sum(0)) if night else difference(rgb, ground)
     rim = RIM_WIDTH if night else 0.0
     things, rims = [], []
@@ -577,19 +596,28 @@ def read(picture: Array) -> Scene:
         if found[SUBJECT][0] > 0.85 and likeness_to_subject(rgb, found[SUBJECT][2]) < 0.2:
             likeness, blur, thing = found[SUBJECT]
         distance = OUTLINES[thing.shape or ""](U - thing.x, V - thing.y, thing.r)
-        rims.append(float(rgb.mean(0)[np.abs(distance - rim / 2) < 0.5].mean()) if night else 0.0)
+        inside = blurred(coverage(distance), blur)
+        if night:
+            rims.append(is_rimmed(rgb - ground, inside, blurred(coverage(distance - rim), blur) - inside, grown(part, 4)))
         if thing.shape != SUBJECT:
-            inside = distance < -1.2
-            inside = inside if inside.sum() >= 20 else distance < -0.2
-            colour, texture = surface(rgb, inside, blur)
+            around = np.array(RIM, np.float32)[:, None, None] if night else ground
+            colour, texture = surface(around + (rgb - around) / np.maximum(inside, 0.2), inside, blur)
             thing = replace(thing, shape=thing.shape if likeness > 0.85 else None, colour=colour, texture=texture)
         things.append(thing)
     relation = None
     if len(things) == 2:
         dx, dy = things[0].x - things[1].x, things[0].y - things[1].y
         relation = ("left of" if dx < 0 else "right of") if abs(dx) > abs(dy) else ("above" if dy < 0 else "below")
-    style = STYLE if night and rims and min(rims) > 0.6 else ""
+    style = STYLE if night and rims and all(rims) else ""
     return Scene(tuple(things), relation, None if night else nearest(tone, BACKGROUNDS), style)
+
+
+def is_rimmed(light: Array, inside: Array, rim: Array, near: Array) -> bool:
+    """Whether a thing wears the night's rim: the colours of the inside and of the rim, solved for together from the pixels
+    near it (light [3, 64, 64] is what was added to the ground), and the rim's is nearer to RIM than to the inside's."""
+    inner, outer = np.linalg.lstsq(np.stack([inside[near], rim[near]], 1), light[:, near].T, rcond=None)[0]
+    pale = np.array(RIM, np.float32) - np.array(NIGHT, np.float32)
+    return bool(np.linalg.norm(outer - pale) < np.linalg.norm(outer - inner))
 
 
 def likeness_to_subject(rgb: Array, thing: Thing) -> float:
