@@ -175,7 +175,9 @@ class Checkpoints:
         """Publish a checkpoint. Raises TrainingError if it cannot be written; what was there before stays as it is."""
         final, beside = self.folder / f"step-{step:08d}", self.folder / f".writing-{step:08d}"
         if final.exists():
-            return final
+            if self.fault(final) is None:
+                return final
+            shutil.rmtree(final)  # damaged: it was passed over when the run was resumed
         try:
             shutil.rmtree(beside, ignore_errors=True)
             beside.mkdir()
@@ -294,7 +296,7 @@ def _run(task: Task, options: LoopOptions, out: Path, signals: Signals) -> int:
     )  # fmt: skip
     average = Average(trained, options.ema)
     checkpoints = Checkpoints(out / "checkpoints", options.keep)
-    settings = {"options": json.loads(json.dumps(dataclasses.asdict(options))), "data": task.identity()}
+    settings = json.loads(json.dumps({"options": dataclasses.asdict(options), "data": task.identity()}))  # as a file gives it
 
     start, skipped = 0, 0
     if options.resume:
@@ -383,7 +385,7 @@ def _restore(modules: nn.Module, trained: dict, optimiser: torch.optim.Optimizer
         average.values[name].copy_(tensors[f"average/{name}"])
         first = {key: tensors[f"optimiser/{name}/{key}"] for key in ("exp_avg", "exp_avg_sq", "step")
                  if f"optimiser/{name}/{key}" in tensors}  # fmt: skip
-        optimiser.state[p] = {k: torch.empty_like(p).copy_(v) if v.shape == p.shape else v for k, v in first.items()}
+        optimiser.state[p] = {k: torch.empty_like(p).copy_(v) if v.shape == p.shape else v.clone() for k, v in first.items()}
 
 
 def _refuse_changes(settings: dict, state: dict, options: LoopOptions, out: Path) -> None:

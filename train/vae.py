@@ -114,7 +114,8 @@ def pictures(rng: np.random.Generator, n: int, close: bool) -> np.ndarray:
     for picture, scene in zip(x, scenes, strict=True):
         for thing in (scene.things[0], scene.things[-1]):
             middle = np.array([thing.y, thing.x]) + rng.uniform(-8, 8, 2)
-            top, left = np.clip((middle - side / 2).astype(int), 0, world.SIDE - side)
+            corner = np.rint((middle - side / 2) / CONFIG.factor).astype(int) * CONFIG.factor  # textures keep their place
+            top, left = np.clip(corner, 0, world.SIDE - side)
             windows.append(picture[:, top : top + side, left : left + side])
     return np.stack(windows)
 
