@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from sdcore.train import loop, text2image, vae, vocabulary, world
 
 from sdcore.errors import NonFiniteError, TrainingError
 from sdcore.tokenizer import Tokenizer
-from sdcore.train import loop, text2image, vae, vocabulary, world
 
 SMALL_VAE = dataclasses.replace(vae.CONFIG, channels=(8, 8, 8, 8), norm_groups=4)
 SMALL_UNET = dataclasses.replace(text2image.UNET, channels=(16, 16), heads=(2, 2), context_dim=16)
@@ -37,7 +37,9 @@ def small(monkeypatch):
 
 
 def vae_options(out: Path, **changes) -> vae.VAEOptions:
-    defaults = dict(steps=6, batch=2, warmup=2, cooldown=2, save_every=2, log_every=2, eval_every=0, close_steps=3, seed=3)
+    defaults = dict(
+        steps=6, batch=2, warmup=2, cooldown=2, save_every=2, log_every=2, eval_every=0, close_steps=3, seed=3
+    )
     return vae.VAEOptions(out=str(out), **(defaults | changes))
 
 
@@ -347,7 +349,9 @@ def test_diffusion_loss_against_the_formula_in_fp64():
         return 0.3 * x_t + (t.to(x_t.dtype) / 1000).view(-1, 1, 1, 1) + context.mean()
 
     context = torch.ones(1, dtype=torch.float64)
-    found = text2image.diffusion_loss(network, x.double(), t, noise.double(), context, alpha_bar.double(), weights.double())
+    found = text2image.diffusion_loss(
+        network, x.double(), t, noise.double(), context, alpha_bar.double(), weights.double()
+    )
     expected = 0.0
     beta = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
     bars = np.cumprod(1 - beta)
@@ -384,10 +388,14 @@ def test_every_epoch_sees_every_picture_once_with_its_own_caption(tmp_path, smal
         rng = np.random.default_rng([3, shard])
         scenes = [world.training_scene(rng) for _ in range(32)]
         mean = encoder.encode(torch.from_numpy(world.draw_batch(scenes[:16]))).mean * encoder.config.scaling_factor
-        torch.testing.assert_close(task.mean[shard * 32 : shard * 32 + 16].float(), mean, rtol=2e-3, atol=2e-3)  # stored in fp16
+        torch.testing.assert_close(
+            task.mean[shard * 32 : shard * 32 + 16].float(), mean, rtol=2e-3, atol=2e-3
+        )  # stored in fp16
         for scene, ids in zip(scenes, task.ids[shard * 32 :], strict=False):
             for row in ids.tolist():
-                words = "".join(tokens[i] for i in row[1 : row.index(task.tokenizer.eos_id)]).replace("</w>", " ").strip()
+                words = (
+                    "".join(tokens[i] for i in row[1 : row.index(task.tokenizer.eos_id)]).replace("</w>", " ").strip()
+                )
                 demand = world.parse(words)
                 assert all(world.matches(scene, demand).values()), (words, scene)
 
@@ -403,7 +411,11 @@ def test_vocabulary_has_a_token_for_every_word_and_spells_the_rest(tmp_path):
     transformers = pytest.importorskip("transformers")
     theirs = transformers.CLIPTokenizer.from_pretrained(tmp_path)
     rng = np.random.default_rng(0)
-    texts = [world.caption(world.training_scene(rng), rng) for _ in range(100)] + ["", "Rocket, 12 times!", "a teal-striped ü"]
+    texts = [world.caption(world.training_scene(rng), rng) for _ in range(100)] + [
+        "",
+        "Rocket, 12 times!",
+        "a teal-striped ü",
+    ]
     rows = theirs(texts, padding="max_length", max_length=32, truncation=True).input_ids
     assert ours(texts).tolist() == rows
     assert max(len(ours.encode(text)) for text in texts) <= 30

@@ -2,9 +2,9 @@
 
     python -m sdcore.train.judge weights/tiny --prompts 300
 
-Every prompt names a combination that training never showed. Beside each figure stands its chance level: the same pictures read
-against the demands of other prompts. The autoencoder is judged too, on pictures that it never saw: PSNR, and how often the checker
-reads everything right from the reconstruction; no prompt can do better than that.
+Every prompt names a combination that training never showed. Beside each figure stands its chance level: the same pictures
+read against the demands of other prompts. The autoencoder is judged too, on pictures that it never saw: PSNR, and how often
+the checker reads everything right from the reconstruction; no prompt can do better than that.
 """
 
 import json
@@ -62,12 +62,19 @@ def drawn(pipe: Pipeline, texts: Sequence[str], seed: int, **options) -> Tensor:
     parts = []
     for i in range(0, len(texts), PART):
         part = list(texts[i : i + PART])
-        parts.append(pipe(part, seed=[seed + i + k for k in range(len(part))], **options).pixels)
+        latents = pipe(part, seed=[seed + i + k for k in range(len(part))], output="latent", **options).latents
+        parts.append(pipe.decode(latents))
     return torch.cat(parts).clamp(-1, 1)
 
 
 def prompts(
-    pipe: Pipeline, n: int, steps: int = 25, guidance: float = 4.0, sampler: str | None = None, seed: int = 0, sheet: Path | str | None = None
+    pipe: Pipeline,
+    n: int,
+    steps: int = 25,
+    guidance: float = 4.0,
+    sampler: str | None = None,
+    seed: int = 0,
+    sheet: Path | str | None = None,
 ) -> dict[str, float]:
     """The rates on n held-out prompts; every key has its chance level beside it under `chance_` + key."""
     texts, wanted = zip(*world.held_out_prompts(n, SEED), strict=True)
@@ -90,7 +97,10 @@ def autoencoder(vae: VAE, n: int) -> dict[str, float]:
     y = torch.cat([vae.decode(vae.encode(part).mean) for part in x.split(16)]).clamp(-1, 1)
     psnr = 10 * torch.log10(4 / ((x - y) ** 2).flatten(1).mean(dim=1))
     verdicts = [world.matches(world.read(picture), scene) for picture, scene in zip(y.numpy(), scenes, strict=True)]
-    found = {"psnr": round(psnr.mean().item(), 2), "read_right": round(float(np.mean([all(v.values()) for v in verdicts])), 4)}
+    found = {
+        "psnr": round(psnr.mean().item(), 2),
+        "read_right": round(float(np.mean([all(v.values()) for v in verdicts])), 4),
+    }
     for key in ("count", *world.ATTRIBUTES, "relation", "background"):
         found[f"read_{key}"] = round(float(np.mean([v[key] for v in verdicts if key in v])), 4)
     return found

@@ -1,16 +1,16 @@
 """The one training loop: options, a task, and `run`.
 
-A method (`vae.py`, `text2image.py`, ...) is a `Task`: it says which parameters train, what a batch is and what the loss is. `run`
-does the rest: warm-up, clipping, AdamW, the moving average (EMA), the log and its curve, saving, stopping and resuming. Read `run`
-first, then `Checkpoints`.
+A method (`vae.py`, `text2image.py`, ...) is a `Task`: it says which parameters train, what a batch is and what the loss is.
+`run` does the rest: warm-up, clipping, AdamW, the moving average (EMA), the log and its curve, saving, stopping and resuming.
+Read `run` first, then `Checkpoints`.
 
-A run can be cut anywhere and goes on bit for bit. Two habits make that easy to see. Every random number of step k comes from a
-generator that is seeded with (seed, k) alone, and the examples of step k are a function of k: so the position in the random streams
-and in the data *is* the step number, and nothing else has to be kept. And a checkpoint is published whole or not at all: written
-beside, flushed, hashed into a manifest, renamed, and only then is an older one retired.
+A run can be cut anywhere and goes on bit for bit. Two habits make that easy to see. Every random number of step k comes from
+a generator that is seeded with (seed, k) alone, and the examples of step k are a function of k: so the position in the random
+streams and in the data *is* the step number, and nothing else has to be kept. And a checkpoint is published whole or not at
+all: written beside, flushed, hashed into a manifest, renamed, and only then is an older one retired.
 
-A run stopped by Ctrl-C or SIGTERM finishes its step, saves once and ends with exit code 130 or 143; the same command with --resume
-goes on from there.
+A run stopped by Ctrl-C or SIGTERM finishes its step, saves once and ends with exit code 130 or 143; the same command with
+--resume goes on from there.
 """
 
 import contextlib
@@ -39,7 +39,16 @@ from sdcore.errors import NonFiniteError, TrainingError
 from .options import option
 
 PATIENCE = 5  # steps in a row whose loss or gradient may be NaN or infinite before the run stops
-FREE = {"out", "resume", "steps", "save_every", "keep", "log_every", "eval_every", "accept_changes"}  # may change on resume
+FREE = {
+    "out",
+    "resume",
+    "steps",
+    "save_every",
+    "keep",
+    "log_every",
+    "eval_every",
+    "accept_changes",
+}  # may change on resume
 
 
 @dataclass(frozen=True)
@@ -87,6 +96,11 @@ class Task:
         """Write the result; the averaged weights are in place during the call."""
 
 
+def channels_last(module: nn.Module) -> None:
+    """Lay out convolution weights with the channels innermost, in place: the same numbers, a fifth faster on a CPU."""
+    module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
 def generator(seed: int, step: int) -> torch.Generator:
     """The random stream of one step: seeded by a hash, so neighbouring steps and seeds share nothing."""
     digest = hashlib.sha256(f"{seed} {step}".encode()).digest()
@@ -94,7 +108,7 @@ def generator(seed: int, step: int) -> torch.Generator:
 
 
 def learning_rate(o: LoopOptions, step: int) -> float:
-    """Linear warm-up, constant, linear cooldown. Between the two it does not know how long the run is, so a run can be extended."""
+    """Linear warm-up, constant, linear cooldown. Before the cooldown it does not know the run's length, which can be extended."""
     rise = (step + 1) / max(o.warmup, 1)
     fall = (o.steps - step) / max(o.cooldown, 1)
     return o.lr * min(1.0, rise, fall)
@@ -162,7 +176,7 @@ class Checkpoints:
     """The folder of checkpoints of one run: publishing, verifying, retiring.
 
     A checkpoint is a folder `step-00000500` with state.safetensors (weights, average, optimiser), state.json (step, options,
-    identity of the data) and manifest.json (size and sha256 of the two). A folder without a manifest that verifies is no checkpoint.
+    identity of the data) and manifest.json (size and sha256 of the two). A folder whose manifest does not verify is none.
     """
 
     def __init__(self, folder: Path, keep: int):
@@ -193,9 +207,11 @@ class Checkpoints:
             sync_folder(self.folder)
         except OSError as e:
             shutil.rmtree(beside, ignore_errors=True)
-            raise TrainingError(f"{final}: the checkpoint could not be written ({e}); older checkpoints are intact. "
-                                "Make room or mend the folder, then run again with --resume") from e
-        for old in self.all()[self.keep:]:
+            raise TrainingError(
+                f"{final}: the checkpoint could not be written ({e}); older checkpoints are intact. "
+                "Make room or mend the folder, then run again with --resume"
+            ) from e
+        for old in self.all()[self.keep :]:
             shutil.rmtree(old)
         return final
 
@@ -224,8 +240,10 @@ class Checkpoints:
             if fault is None:
                 return load_file(checkpoint / "state.safetensors"), json.loads((checkpoint / "state.json").read_text())
             print(f"WARNING: checkpoint {checkpoint} is damaged and was passed over: {fault}", file=sys.stderr)
-        raise TrainingError(f"{self.folder}: --resume was asked for but no checkpoint here verifies; "
-                            "leave --resume out to start anew, or name another --out")
+        raise TrainingError(
+            f"{self.folder}: --resume was asked for but no checkpoint here verifies; "
+            "leave --resume out to start anew, or name another --out"
+        )
 
 
 @contextlib.contextmanager
@@ -237,8 +255,10 @@ def sole_user(out: Path) -> Iterator[None]:
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             f.seek(0)
-            raise TrainingError(f"{out}: another run (process {f.read().strip() or 'unknown'}) writes here; "
-                                "wait for it or choose another --out") from None
+            raise TrainingError(
+                f"{out}: another run (process {f.read().strip() or 'unknown'}) writes here; "
+                "wait for it or choose another --out"
+            ) from None
         f.truncate(0)
         f.write(str(os.getpid()))
         f.flush()
@@ -247,7 +267,9 @@ def sole_user(out: Path) -> Iterator[None]:
 
 def difference(old: dict, new: dict) -> list[str]:
     """Readable lines for every value that differs."""
-    return [f"{k}: was {old.get(k)!r}, is {new.get(k)!r}" for k in sorted(set(old) | set(new)) if old.get(k) != new.get(k)]
+    return [
+        f"{k}: was {old.get(k)!r}, is {new.get(k)!r}" for k in sorted(set(old) | set(new)) if old.get(k) != new.get(k)
+    ]
 
 
 # ------------------------------------------------------------------------------------------------------------------- the loop
@@ -277,7 +299,7 @@ class Signals:
 def run(task: Task, options: LoopOptions) -> int:
     """Train. Returns 0 when the run is complete, 130 after Ctrl-C and 143 after SIGTERM (saved, and may be resumed).
 
-    Raises TrainingError (nothing to resume, changed options, a folder in use, a full disk) and NonFiniteError (the loss stays NaN).
+    Raises TrainingError (nothing to resume, changed options, a folder in use, a full disk), NonFiniteError (a loss of NaN).
     """
     out = Path(options.out)
     with sole_user(out), Signals() as signals:
@@ -296,7 +318,9 @@ def _run(task: Task, options: LoopOptions, out: Path, signals: Signals) -> int:
     )  # fmt: skip
     average = Average(trained, options.ema)
     checkpoints = Checkpoints(out / "checkpoints", options.keep)
-    settings = json.loads(json.dumps({"options": dataclasses.asdict(options), "data": task.identity()}))  # as a file gives it
+    settings = json.loads(
+        json.dumps({"options": dataclasses.asdict(options), "data": task.identity()})
+    )  # as a file gives it
 
     start, skipped = 0, 0
     if options.resume:
@@ -321,7 +345,9 @@ def _run(task: Task, options: LoopOptions, out: Path, signals: Signals) -> int:
         record(step=start, event="resumed", changed=difference(state["options"], settings["options"]))
     sums: dict[str, list[float]] = {}  # since the last line of the log
     clock, bad = time.perf_counter(), 0
-    bar = tqdm(range(start, options.steps), initial=start, total=options.steps, disable=None, desc=out.name, unit="step")
+    bar = tqdm(
+        range(start, options.steps), initial=start, total=options.steps, disable=None, desc=out.name, unit="step"
+    )
     for step in bar:
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(options, step)
@@ -336,8 +362,10 @@ def _run(task: Task, options: LoopOptions, out: Path, signals: Signals) -> int:
             bad, skipped = bad + 1, skipped + 1
             record(step=step, event="not applied: loss or gradient is not finite")
             if bad == PATIENCE:
-                raise NonFiniteError(f"{out}: loss or gradient was not finite in {PATIENCE} steps in a row, up to step {step}; "
-                                     "the last checkpoint is from before; resume it with a lower --lr")
+                raise NonFiniteError(
+                    f"{out}: loss or gradient was not finite in {PATIENCE} steps in a row, up to step {step}; "
+                    "the last checkpoint is from before; resume it with a lower --lr"
+                )
         optimiser.zero_grad(set_to_none=True)
 
         done = step + 1
@@ -368,7 +396,9 @@ def _run(task: Task, options: LoopOptions, out: Path, signals: Signals) -> int:
     return 0
 
 
-def _collect(modules: nn.Module, trained: dict, optimiser: torch.optim.Optimizer, average: Average) -> dict[str, Tensor]:
+def _collect(
+    modules: nn.Module, trained: dict, optimiser: torch.optim.Optimizer, average: Average
+) -> dict[str, Tensor]:
     """Every tensor of the state under a flat name: weights/…, average/…, optimiser/…/exp_avg."""
     tensors = {f"weights/{k}": v for k, v in modules.state_dict().items()}
     tensors |= {f"average/{k}": v for k, v in average.values.items()}
@@ -378,14 +408,18 @@ def _collect(modules: nn.Module, trained: dict, optimiser: torch.optim.Optimizer
     return tensors
 
 
-def _restore(modules: nn.Module, trained: dict, optimiser: torch.optim.Optimizer, average: Average, tensors: dict) -> None:
+def _restore(
+    modules: nn.Module, trained: dict, optimiser: torch.optim.Optimizer, average: Average, tensors: dict
+) -> None:
     """The inverse of `_collect`. The optimiser's tensors take the memory layout of their parameter, which files do not keep."""
     modules.load_state_dict({k.removeprefix("weights/"): v for k, v in tensors.items() if k.startswith("weights/")})
     for name, p in trained.items():
         average.values[name].copy_(tensors[f"average/{name}"])
         first = {key: tensors[f"optimiser/{name}/{key}"] for key in ("exp_avg", "exp_avg_sq", "step")
                  if f"optimiser/{name}/{key}" in tensors}  # fmt: skip
-        optimiser.state[p] = {k: torch.empty_like(p).copy_(v) if v.shape == p.shape else v.clone() for k, v in first.items()}
+        optimiser.state[p] = {
+            k: torch.empty_like(p).copy_(v) if v.shape == p.shape else v.clone() for k, v in first.items()
+        }
 
 
 def _refuse_changes(settings: dict, state: dict, options: LoopOptions, out: Path) -> None:
@@ -395,8 +429,10 @@ def _refuse_changes(settings: dict, state: dict, options: LoopOptions, out: Path
     if state["step"] > state["options"]["steps"] - options.cooldown and state["options"]["steps"] != options.steps:
         changed.append(f"steps: was {state['options']['steps']}, is {options.steps}, and the cooldown had begun")
     if changed and not options.accept_changes:
-        raise TrainingError(f"{out}: cannot resume, this is not the same run ({'; '.join(changed)}); "
-                            "use the old values, or add --accept-changes to record the difference and go on")
+        raise TrainingError(
+            f"{out}: cannot resume, this is not the same run ({'; '.join(changed)}); "
+            "use the old values, or add --accept-changes to record the difference and go on"
+        )
 
 
 # ------------------------------------------------------------------------------------------------------------------ the curve

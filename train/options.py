@@ -11,7 +11,6 @@ import types
 import typing
 from collections.abc import Sequence
 
-
 T = typing.TypeVar("T")
 
 
@@ -31,9 +30,11 @@ def _reader(kind: typing.Any) -> typing.Callable[[str], object]:
 
 
 def parse(options: type[T], argv: Sequence[str] | None, prog: str, description: str | None = None) -> T:
-    """Command line words -> an instance of the dataclass `options`. Exits with 2 and one line on a wrong word, as argparse does."""
+    """Command line words -> an instance of the dataclass `options`. A wrong word exits with 2 and a line, as argparse does."""
     summary = (description or options.__doc__ or "").strip().split("\n")[0]
-    parser = argparse.ArgumentParser(prog=prog, description=summary, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog=prog, description=summary, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     kinds = typing.get_type_hints(options)
     for field in dataclasses.fields(options):  # type: ignore[arg-type]
         flag, text = "--" + field.name.replace("_", "-"), field.metadata.get("help", "")

@@ -3,9 +3,9 @@
     sdcore train text2image --vae runs/vae --out runs/text2image
 
 What trains: both networks, together. The loss: the squared error of the predicted velocity (v), weighted so that nearly clean
-latents, where the text has nothing left to decide, do not crowd out the rest (in the spirit of min-SNR). One caption in ten is replaced by the empty one, which is what
-classifier-free guidance needs. Timesteps are spread evenly over a batch, with one common random shift: every batch sees all
-noise levels, so its loss is steadier.
+latents, where the text has nothing left to decide, do not crowd out the rest (in the spirit of min-SNR). One caption in ten is
+replaced by the empty one, which is what classifier-free guidance needs. Timesteps are spread evenly over a batch, with one
+common random shift: every batch sees all noise levels, so its loss is steadier.
 
 The pictures are drawn and encoded once, before the first step, into a cache of latents and token numbers (`build_cache`).
 
@@ -24,6 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from sdcore.weights import configs, files
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -34,10 +35,9 @@ from sdcore.scheduler import SchedulerConfig, alpha_bars
 from sdcore.tokenizer import Tokenizer
 from sdcore.unet import UNet, UNetConfig
 from sdcore.vae import VAE
-from sdcore.weights import configs, files
 
 from . import judge, vocabulary, world
-from .loop import LoopOptions, Task, run, sha256
+from .loop import LoopOptions, Task, channels_last, run, sha256
 from .options import option, parse
 
 SHARD = 4096  # pictures in one file of the cache
@@ -87,8 +87,13 @@ def spread_timesteps(count: int, of: int, rng: torch.Generator) -> Tensor:
     return (place * of).long().clamp(max=of - 1)[torch.randperm(count, generator=rng)]
 
 
-def diffusion_loss(unet: nn.Module, x: Tensor, t: Tensor, noise: Tensor, context: Tensor, alpha_bar: Tensor, weights: Tensor) -> Tensor:
-    """Weighted squared error of v, a mean over everything. x, noise [b, z, h, w]; t [b]; context [b, s, d]; tables [timesteps]."""
+def diffusion_loss(
+    unet: nn.Module, x: Tensor, t: Tensor, noise: Tensor, context: Tensor, alpha_bar: Tensor, weights: Tensor
+) -> Tensor:
+    """Weighted squared error of v, a mean over everything.
+
+    x, noise [b, z, h, w]; t [b]; context [b, s, d]; alpha_bar, weights [timesteps].
+    """
     signal, spread = alpha_bar[t].sqrt().view(-1, 1, 1, 1), (1 - alpha_bar[t]).sqrt().view(-1, 1, 1, 1)
     v = signal * noise - spread * x
     error = (unet(signal * x + spread * noise, t, context) - v).square().flatten(1).mean(dim=1)
@@ -133,15 +138,24 @@ def build_cache(options: TextToImageOptions, tokenizer: Tokenizer) -> None:
     }  # fmt: skip
     note = cache / "recipe.json"
     if note.exists() and json.loads(note.read_text()) != recipe:
-        raise TrainingError(f"{cache}: was made from another autoencoder, seed or vocabulary; remove it or choose another --cache")
+        raise TrainingError(
+            f"{cache}: made from another autoencoder, seed or vocabulary; remove it or choose another --cache"
+        )
     note.write_text(json.dumps(recipe, indent=1) + "\n")
     missing = [i for i in range(options.shards) if not shard_path(cache, i).exists()]
     if missing:
         work = partial(
-            encode_shard, vae_folder=options.vae, tokenizer=tokenizer, captions=options.captions, seed=options.seed, cache=cache
+            encode_shard,
+            vae_folder=options.vae,
+            tokenizer=tokenizer,
+            captions=options.captions,
+            seed=options.seed,
+            cache=cache,
         )
         with multiprocessing.get_context("fork").Pool(min(options.threads, len(missing))) as pool:
-            for _ in tqdm(pool.imap_unordered(work, missing), total=len(missing), disable=None, desc="encoding pictures"):
+            for _ in tqdm(
+                pool.imap_unordered(work, missing), total=len(missing), disable=None, desc="encoding pictures"
+            ):
                 pass
 
 
@@ -158,7 +172,8 @@ def load_vae(folder: str) -> VAE:
     part = Path(folder) / "vae"
     vae = VAE(configs.vae_config(configs.read_json(part / "config.json"), part / "config.json"))
     vae.load_state_dict({k: v.float() for k, v in files.read(part / files_name("vae")).tensors.items()})
-    return vae.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    channels_last(vae)
+    return vae.eval().requires_grad_(False)
 
 
 class TextToImage(Task):
@@ -171,14 +186,17 @@ class TextToImage(Task):
         self.tokenizer = Tokenizer.from_folder(self.folder / "tokenizer")
         build_cache(options, self.tokenizer)
         shards = [files.read(shard_path(Path(options.cache), i)).tensors for i in range(options.shards)]
-        self.mean, self.std, self.ids = (torch.cat([shard[name] for shard in shards]) for name in ("mean", "std", "ids"))
+        self.mean, self.std, self.ids = (
+            torch.cat([shard[name] for shard in shards]) for name in ("mean", "std", "ids")
+        )
         self.empty = self.tokenizer([""])[0]
         self.alpha_bar = alpha_bars(SCHEDULER).float()
         self.weights = v_weights(self.alpha_bar, options.gamma)
 
         torch.manual_seed(options.seed)
         self.vae = load_vae(options.vae)
-        self.unet = UNet(UNET).to(memory_format=torch.channels_last)
+        self.unet = UNet(UNET)
+        channels_last(self.unet)
         self.text = CLIPText(replace(TEXT, vocab=self.tokenizer.vocab_size, eos_id=self.tokenizer.eos_id))
         self.modules = {"unet": self.unet, "text_encoder": self.text}
         self.initialise()
@@ -233,12 +251,20 @@ class TextToImage(Task):
 
 def write_model(folder: Path, unet: UNet, text: CLIPText, vae: Path) -> None:
     """Write the diffusers layout around tokenizer/, which is there already; weights in fp16."""
-    special = {"bos_token_id": text.config.vocab - 2, "eos_token_id": text.config.eos_id, "pad_token_id": text.config.eos_id}
+    special = {
+        "bos_token_id": text.config.vocab - 2,
+        "eos_token_id": text.config.eos_id,
+        "pad_token_id": text.config.eos_id,
+    }
     tables = {
         "unet": configs.unet_table(unet.config), "text_encoder": configs.text_table(text.config) | special,
         "vae": json.loads((vae / "config.json").read_text()),
     }  # fmt: skip
-    tensors = {"unet": unet.state_dict(), "text_encoder": text.state_dict(), "vae": files.read(vae / files_name("vae")).tensors}
+    tensors = {
+        "unet": unet.state_dict(),
+        "text_encoder": text.state_dict(),
+        "vae": files.read(vae / files_name("vae")).tensors,
+    }
     for part, table in tables.items():
         (folder / part).mkdir(parents=True, exist_ok=True)
         (folder / part / "config.json").write_text(json.dumps(table, indent=2) + "\n")

@@ -5,12 +5,11 @@
 
 What trains: everything, or with --decoder-only what lies behind the latents, so that a UNet that learns on latents of the
 frozen encoder stays right. The loss: absolute and squared error of the pixels (the one keeps edges sharp, the other is the
-PSNR), absolute error of edges, and a little of the divergence to N(0, 1), which keeps latents small and their neighbourhoods smooth.
+PSNR), absolute error of edges, and a little of the divergence to N(0, 1), which keeps latents small and neighbours alike.
 Source: Kingma & Welling 2014, equation 10; Rombach et al. 2022, appendix G.
 """
 
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,13 +17,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from sdcore.weights import configs, files
 from torch import Tensor
 
 from sdcore.vae import VAE, VAEConfig
-from sdcore.weights import configs, files
 
 from . import world
-from .loop import LoopOptions, Task, run
+from .loop import LoopOptions, Task, channels_last, run
 from .options import option, parse
 
 CONFIG = VAEConfig(channels=(32, 32, 64, 64), layers=1, sample_size=world.SIDE, norm_groups=8)
@@ -41,7 +40,9 @@ class VAEOptions(LoopOptions):
     ema: float = option(0.995, "decay of the moving average of the weights, which is what is evaluated and exported")
     eval_every: int = option(200, "steps between evaluations of the averaged weights; 0: never")
     save_every: int = option(100, "steps between checkpoints")
-    close_steps: int = option(0, "steps at the start that look at windows of 32 x 32 around the things: four times as cheap")
+    close_steps: int = option(
+        0, "steps at the start that look at windows of 32 x 32 around the things: four times as cheap"
+    )
     kl: float = option(1e-4, "weight of the divergence to N(0, 1), a mean over latent values")
     start: str | None = option(None, "folder of an earlier run whose result is the starting point")
     decoder_only: bool = option(False, "leave the encoder as it is")
@@ -55,8 +56,10 @@ class TrainVAE(Task):
         torch.manual_seed(options.seed)
         self.vae = VAE(CONFIG)
         if options.start:
-            self.vae.load_state_dict(files.read(Path(options.start) / "vae" / "diffusion_pytorch_model.safetensors").tensors)
-        self.vae.to(memory_format=torch.channels_last)
+            self.vae.load_state_dict(
+                files.read(Path(options.start) / "vae" / "diffusion_pytorch_model.safetensors").tensors
+            )
+        channels_last(self.vae)
         self.modules = {"vae": self.vae}
         if options.decoder_only:
             self.vae.encoder.requires_grad_(False)
@@ -67,9 +70,13 @@ class TrainVAE(Task):
 
     def loss(self, step: int, rng: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         seed = int(torch.randint(2**62, (1,), generator=rng))
-        x = torch.from_numpy(pictures(np.random.default_rng(seed), self.options.batch, close=step < self.options.close_steps))
+        x = torch.from_numpy(
+            pictures(np.random.default_rng(seed), self.options.batch, close=step < self.options.close_steps)
+        )
         x = x.contiguous(memory_format=torch.channels_last)
-        noise = torch.randn(len(x), CONFIG.latent_channels, *(side // CONFIG.factor for side in x.shape[2:]), generator=rng)
+        noise = torch.randn(
+            len(x), CONFIG.latent_channels, *(side // CONFIG.factor for side in x.shape[2:]), generator=rng
+        )
         y, moments = self.vae(x, noise)
         absolute, squared = F.l1_loss(y, x), F.mse_loss(y, x)
         kl = 0.5 * (moments.mean**2 + moments.logvar.exp() - 1 - moments.logvar).mean()
@@ -114,7 +121,9 @@ def pictures(rng: np.random.Generator, n: int, close: bool) -> np.ndarray:
     for picture, scene in zip(x, scenes, strict=True):
         for thing in (scene.things[0], scene.things[-1]):
             middle = np.array([thing.y, thing.x]) + rng.uniform(-8, 8, 2)
-            corner = np.rint((middle - side / 2) / CONFIG.factor).astype(int) * CONFIG.factor  # textures keep their place
+            corner = (
+                np.rint((middle - side / 2) / CONFIG.factor).astype(int) * CONFIG.factor
+            )  # textures keep their place
             top, left = np.clip(corner, 0, world.SIDE - side)
             windows.append(picture[:, top : top + side, left : left + side])
     return np.stack(windows)
@@ -133,6 +142,7 @@ def standardise(vae: VAE, mean: Tensor, std: Tensor) -> None:
     """
     z = len(mean)
     before, after = vae.quant_conv, vae.post_quant_conv
+    assert before.bias is not None and after.bias is not None
     after.bias += after.weight[:, :, 0, 0] @ mean
     after.weight *= std.view(1, z, 1, 1)
     before.weight[:z] /= std.view(z, 1, 1, 1)

@@ -20,7 +20,9 @@ def learn_merges(words: Sequence[str]) -> list[tuple[str, str]]:
     """Byte-pair merges, most frequent pair first, until every word is one token (Sennrich et al. 2016)."""
     bpe = Tokenizer(models.BPE(end_of_word_suffix=WORD_END))
     bpe.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    trainer = trainers.BpeTrainer(vocab_size=10_000, end_of_word_suffix=WORD_END, show_progress=False, special_tokens=[])
+    trainer = trainers.BpeTrainer(
+        vocab_size=10_000, end_of_word_suffix=WORD_END, show_progress=False, special_tokens=[]
+    )
     bpe.train_from_iterator(sorted(words), trainer)
     merges = json.loads(bpe.to_str())["model"]["merges"]
     return [tuple(merge) if isinstance(merge, list) else tuple(merge.split(" ")) for merge in merges]
