@@ -123,8 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     say = logging.StreamHandler()  # to stderr: what the loader and the pipeline have to tell
     say.setFormatter(logging.Formatter("note: %(message)s"))
     say.addFilter(Once())
-    logging.getLogger("sdcore").handlers = [say]
-    logging.getLogger("sdcore").propagate = False
+    logging.getLogger("sdcore").addHandler(say)
     try:
         args = parser().parse_args(words)
         args.words = words
@@ -142,6 +141,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not isinstance(error, MemoryError) and not any(words in str(error) for words in NO_MEMORY):
             raise
         return complain("not enough memory for this; try a smaller --size, --dtype float16, or --offload")
+    finally:
+        logging.getLogger("sdcore").removeHandler(say)
 
 
 class Once(logging.Filter):

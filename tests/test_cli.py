@@ -163,6 +163,16 @@ def test_words_that_do_not_fit_are_named_once(run):
     assert "elephant" in json.loads(out)["notices"][0]
 
 
+def test_called_from_python_it_leaves_no_trace(run):
+    """Tests and notebooks call `main`: afterwards the log goes where it went before."""
+    import logging
+
+    log = logging.getLogger("sdcore")
+    before = (list(log.handlers), log.propagate, log.level)
+    run("generate", "")
+    assert (log.handlers, log.propagate, log.level) == before
+
+
 # --- the other commands
 
 
