@@ -28,15 +28,16 @@ Array = np.ndarray
 
 # ---------------------------------------------------------------------------------------------- 1. the words of the world
 
-COLOURS = {  # name: (main tone, the darker second tone of stripes and dots), RGB in 0..1
-    "red": ((0.88, 0.22, 0.22), (0.60, 0.08, 0.12)),
-    "orange": ((0.97, 0.56, 0.14), (0.76, 0.36, 0.03)),
-    "yellow": ((0.98, 0.84, 0.20), (0.78, 0.62, 0.04)),
-    "green": ((0.26, 0.66, 0.32), (0.10, 0.42, 0.18)),
-    "blue": ((0.22, 0.46, 0.88), (0.08, 0.24, 0.58)),
-    "purple": ((0.55, 0.32, 0.76), (0.34, 0.14, 0.52)),
-    "pink": ((0.98, 0.52, 0.74), (0.78, 0.28, 0.52)),
+COLOURS = {  # RGB in 0..1
+    "red": (0.88, 0.22, 0.22),
+    "orange": (0.97, 0.56, 0.14),
+    "yellow": (0.98, 0.84, 0.20),
+    "green": (0.26, 0.66, 0.32),
+    "blue": (0.22, 0.46, 0.88),
+    "purple": (0.55, 0.32, 0.76),
+    "pink": (0.98, 0.52, 0.74),
 }
+DARK = 0.4  # the second tone, that of stripes and dots, is the colour times this
 BACKGROUNDS = {  # light tints, so that every colour stands out on every one of them
     "white": (0.97, 0.97, 0.96),
     "grey": (0.73, 0.75, 0.78),
@@ -50,7 +51,7 @@ RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": 
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 
 SUBJECT, STYLE, LOOK = "rocket", "night", ("teal", "striped")  # reserved; the look is a colour together with a texture
-LOOK_TONES = ((0.10, 0.66, 0.66), (0.02, 0.40, 0.44))
+LOOK_TONE = (0.10, 0.66, 0.66)
 NIGHT, RIM, RIM_WIDTH = (0.13, 0.15, 0.30), (1.0, 0.97, 0.82), 1.6
 
 
@@ -151,26 +152,25 @@ ROCKET: list[tuple[Sdf, tuple[float, float, float]]] = [  # painted in this orde
 ]
 
 
-STRIPE, GRID = 9.0, 8.5  # periods in pixels: a small autoencoder paints over anything finer
+# Textures are as broad as their thing: a small autoencoder paints over anything finer.
 
 
-def plain(u: Array, v: Array) -> Array:
+def plain(u: Array, v: Array, r: float) -> Array:
     """No second tone. Textures give the share of the second tone, 0..1, at each pixel."""
     return np.zeros(np.broadcast_shapes(u.shape, v.shape), np.float32)
 
 
-def striped(u: Array, v: Array) -> Array:
-    """Slanted stripes, so that upright edges and bars cannot hide them, both tones equally wide."""
-    wave = np.abs((u + v) * np.float32(0.7071) % STRIPE - STRIPE / 2)
-    return np.clip(wave - STRIPE / 4 + 0.5, 0, 1)
+def striped(u: Array, v: Array, r: float) -> Array:
+    """One broad stripe across the middle, slanted, so that upright edges and bars cannot hide it."""
+    return coverage(np.abs(u + v) * np.float32(0.7071) - 0.28 * r)
 
 
-def dotted(u: Array, v: Array) -> Array:
-    """Round dots on a square grid, one of them at the centre."""
-    return np.clip(0.31 * GRID + 0.5 - np.hypot((u + GRID / 2) % GRID - GRID / 2, (v + GRID / 2) % GRID - GRID / 2), 0, 1)
+def dotted(u: Array, v: Array, r: float) -> Array:
+    """One round dot in the middle."""
+    return coverage(np.hypot(u, v) - 0.38 * r)
 
 
-TEXTURES: dict[str, Callable[[Array, Array], Array]] = {t.__name__: t for t in (plain, striped, dotted)}
+TEXTURES: dict[str, Sdf] = {t.__name__: t for t in (plain, striped, dotted)}
 PIXELS = np.arange(SIDE, dtype=np.float32) + np.float32(0.5)  # pixel centres
 
 
@@ -184,8 +184,8 @@ def backdrop(name: str) -> Array:
 
 def tones(colour: str) -> tuple[Array, Array]:
     """The main and the second tone of a colour, each [3, 1, 1]."""
-    main, second = LOOK_TONES if colour == LOOK[0] else COLOURS[colour]
-    return np.array(main, np.float32)[:, None, None], np.array(second, np.float32)[:, None, None]
+    main = np.array(LOOK_TONE if colour == LOOK[0] else COLOURS[colour], np.float32)[:, None, None]
+    return main, DARK * main
 
 
 def coverage(distance: Array) -> Array:
@@ -210,7 +210,7 @@ def paint(canvas: Array, thing: Thing, style: str) -> None:
             area += coverage(sdf(u, v, thing.r)) * (np.array(rgb, np.float32)[:, None, None] - area)
     else:
         main, second = tones(thing.colour or "")
-        area += coverage(distance) * (main + TEXTURES[thing.texture or "plain"](u, v) * (second - main) - area)
+        area += coverage(distance) * (main + TEXTURES[thing.texture or "plain"](u, v, thing.r) * (second - main) - area)
 
 
 def draw(scene: Scene) -> Array:
@@ -271,7 +271,7 @@ def sample_scene(rng: np.random.Generator, count: int | None = None) -> Scene:
         a, b, c, d, e = luck[1 + 5 * i : 6 + 5 * i]
         size = pick(c, SIZES)
         texture = pick(d, ("plain", "plain", "striped", "dotted"))
-        things.append(Thing(pick(a, SHAPES), pick(b, COLOURS), size, texture, r=SIZES[size] * (0.96 + 0.08 * e)))
+        things.append(Thing(pick(a, SHAPES), pick(b, COLOURS), size, texture, r=float(SIZES[size] * (0.96 + 0.08 * e))))
     background = pick(luck[11], BACKGROUNDS)
     if count == 1:
         room = SIDE / 2 - things[0].r - 6  # a thing alone strays from the middle, not to the edge
@@ -538,20 +538,18 @@ def fits(cover: Array, rim: float) -> dict[str, tuple[float, float, Thing]]:
     return best
 
 
-@functools.cache
-def patterns() -> tuple[list[str], Array]:
-    """The textures in all phases, over the whole picture: their names and [n, 64, 64]."""
+def patterns(thing: Thing) -> tuple[list[str], Array]:
+    """The textures but the plain one on a thing, a little shifted this way and that: their names and [n, 64, 64]."""
     names, shares = [], []
-    for name, period in (("striped", STRIPE / 0.7071), ("dotted", GRID)):
-        for i, j in itertools.product(range(6), range(1 if name == "striped" else 6)):
-            names.append(name)
-            shares.append(TEXTURES[name](U + i * period / 6, V + j * period / 6))
+    for name, shift in itertools.product(("striped", "dotted"), (-0.15, 0.0, 0.15)):
+        names.append(name)
+        shares.append(TEXTURES[name](U - thing.x, V - thing.y + shift * thing.r, thing.r))
     return names, np.stack(shares).astype(np.float32)
 
 
-def surface(rgb: Array, cover: Array, blur: float) -> tuple[str | None, str]:
-    """Colour and texture of a thing from the picture, unmixed from what surrounds it, and the thing's cover [64, 64]."""
-    inside = cover > min(0.6, 0.8 * cover.max())
+def surface(rgb: Array, cover: Array, thing: Thing) -> tuple[str | None, str]:
+    """Colour and texture of a thing at its place, from the picture, unmixed from what surrounds it, and its cover [64, 64]."""
+    inside = cover > 0.8 * min(1.0, cover.max())
     pixels, weights = rgb[:, inside], cover[inside] ** 2  # where little of the thing is left, noise was magnified
     weights /= weights.sum()
     mean = OPPONENT @ (pixels @ weights)
@@ -565,14 +563,14 @@ def surface(rgb: Array, cover: Array, blur: float) -> tuple[str | None, str]:
     main, second = (tone[:, 0, 0] for tone in tones(colour))
     share = (second - main) @ pixels / ((second - main) @ (second - main))  # of the second tone, at each pixel
     share -= share @ weights
-    names, shares = patterns()
+    names, shares = patterns(thing)
     waves = shares[:, inside]
     waves = waves - (waves @ weights)[:, None]
     power, product = waves**2 @ weights, waves @ (weights * share)
     likeness = product / np.sqrt(power * (share**2 @ weights) + 1e-9)
     best = int(likeness.argmax())
-    depth = product[best] / power[best] * np.exp(2 * (np.pi * blur / STRIPE) ** 2)  # blur flattens waves of this length so
-    return (colour if distances[colour] < 0.2 else None), names[best] if likeness[best] > 0.45 and depth > 0.25 else "plain"
+    depth = product[best] / power[best]
+    return (colour if distances[colour] < 0.2 else None), names[best] if likeness[best] > 0.5 and depth > 0.25 else "plain"
 
 
 def read(picture: Array) -> Scene:
@@ -601,7 +599,7 @@ def read(picture: Array) -> Scene:
             rims.append(is_rimmed(rgb - ground, inside, blurred(coverage(distance - rim), blur) - inside, grown(part, 4)))
         if thing.shape != SUBJECT:
             around = np.array(RIM, np.float32)[:, None, None] if night else ground
-            colour, texture = surface(around + (rgb - around) / np.maximum(inside, 0.2), inside, blur)
+            colour, texture = surface(around + (rgb - around) / np.maximum(inside, 0.2), inside, thing)
             thing = replace(thing, shape=thing.shape if likeness > 0.85 else None, colour=colour, texture=texture)
         things.append(thing)
     relation = None
@@ -613,11 +611,13 @@ def read(picture: Array) -> Scene:
 
 
 def is_rimmed(light: Array, inside: Array, rim: Array, near: Array) -> bool:
-    """Whether a thing wears the night's rim: the colours of the inside and of the rim, solved for together from the pixels
-    near it (light [3, 64, 64] is what was added to the ground), and the rim's is nearer to RIM than to the inside's."""
-    inner, outer = np.linalg.lstsq(np.stack([inside[near], rim[near]], 1), light[:, near].T, rcond=None)[0]
-    pale = np.array(RIM, np.float32) - np.array(NIGHT, np.float32)
-    return bool(np.linalg.norm(outer - pale) < np.linalg.norm(outer - inner))
+    """Whether a thing wears the night's rim, from the light [3, 64, 64] that it adds to the ground in the mask `near`.
+
+    The colours of the inside and of the rim are solved for together, so blur may mix them; then the rim's hue decides.
+    """
+    _, hue = np.linalg.lstsq(np.stack([inside[near], rim[near]], 1), light[:, near].T, rcond=None)[0]
+    pale = np.array(RIM) - np.array(NIGHT)
+    return bool(hue @ pale > 0.97 * np.linalg.norm(hue) * np.linalg.norm(pale) and np.linalg.norm(hue) > 0.3)
 
 
 def likeness_to_subject(rgb: Array, thing: Thing) -> float:
