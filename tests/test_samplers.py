@@ -488,31 +488,44 @@ def consistent_x0(x, step):
     return MU + (x / step.signal - MU) * (S / math.sqrt(S**2 + step.sigma**2))
 
 
-STOCHASTIC_OPTIONS = [
-    ("ddpm", 200, {}),
-    ("ddpm", 200, dict(variance="large")),
-    ("ddim", 200, dict(eta=1.0)),
-    ("euler_a", 200, {}),
-    ("dpm2_a", 60, {}),
-    ("dpmpp_2s_a", 60, {}),
-    ("dpmpp_sde", 60, {}),
-    ("dpmpp_2m_sde", 60, {}),
-    ("dpmpp_3m_sde", 60, {}),
+STOCHASTIC_OPTIONS = [  # methods of order 1 need more steps until their bias is lost in the interval
+    ("ddpm", 400, {}),
+    ("ddpm", 400, dict(variance="large")),
+    ("ddim", 400, dict(eta=1.0)),
+    ("euler_a", 400, {}),
+    ("dpm2_a", 100, {}),
+    ("dpmpp_2s_a", 100, {}),
+    ("dpmpp_sde", 100, {}),
+    ("dpmpp_2m_sde", 100, {}),
+    ("dpmpp_3m_sde", 100, {}),
     ("lcm", 8, {}),
-    ("tcd", 8, dict(eta=1.0)),
 ]
 
 
 @pytest.mark.parametrize("name,n,options", STOCHASTIC_OPTIONS, ids=lambda value: str(value))
 def test_stochastic_samplers_reproduce_mean_and_variance(name, n, options):
-    """40,000 draws: the interval is four standard errors, and 1 % for the finite number of steps."""
-    steps = make_steps(SD15_SCHEDULER, n, name, **options)
+    """40,000 draws, within four standard errors. (Not tcd: with a perfect network its eps still depends on its x0.)"""
+    steps = make_steps(SD15_SCHEDULER, n, name, None if name == "lcm" else "karras", **options)
     noise = Noise([5])
     start = add_noise(MU + S * noise.draw(1, 200, 200), noise.draw(1, 200, 200), steps[0])
-    x = last(sample(consistent_x0 if name in ("lcm", "tcd") else gaussian_x0, start, steps, noise=noise))
+    x = last(sample(consistent_x0 if name == "lcm" else gaussian_x0, start, steps, noise=noise))
     count = x.numel()
-    assert x.mean().item() == pytest.approx(MU, abs=4 * S / math.sqrt(count) + 0.01 * S)
-    assert x.var().item() == pytest.approx(S**2, rel=4 * math.sqrt(2 / count) + 0.01)
+    assert x.mean().item() == pytest.approx(MU, abs=4 * S / math.sqrt(count))
+    assert x.var().item() == pytest.approx(S**2, rel=4 * math.sqrt(2 / count))
+
+
+def test_order_of_convergence_of_pndm_on_a_gaussian():
+    """On its own evenly spaced timesteps, and so more slowly: order 2, that of its first move."""
+
+    def error_of(n):
+        steps = make_steps(SD15_SCHEDULER, n, "pndm")
+        first, final = steps[0], steps[-1]
+        x = torch.tensor([-1.5, 0.3, 2.0], dtype=torch.float64).reshape(3, 1, 1, 1)
+        shrink = math.sqrt((S**2 + final.sigma**2) / (S**2 + first.sigma**2))
+        exact = MU + (x / first.signal - MU) * shrink
+        return ([x for _, x, _ in sample(gaussian_x0, x, steps)][-2] / final.signal - exact).abs().max().item()
+
+    assert math.log2(error_of(160) / error_of(320)) == pytest.approx(2, abs=0.3)
 
 
 def test_the_two_noises_of_dpmpp_sde_are_one_brownian_path():
