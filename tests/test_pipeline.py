@@ -59,7 +59,11 @@ def bytes_of(pictures) -> np.ndarray:
 @pytest.mark.parametrize("negative", ["", "blue square"], ids=["plain", "negative"])
 @pytest.mark.parametrize("family", TEXT_TO_IMAGE)
 def test_equals_diffusers(folders, pipes, family, negative):
-    """Own sampler of the model, 6 steps, two prompts: pixels within 1/255, latents within 1e-5 of their size."""
+    """Own sampler of the model, 6 steps, two prompts: pixels within 1/255.
+
+    The latents are looked at too: coefficients are fp64 here and fp32 there, 1e-7 a step, which guidance of 7.5 multiplies by 15
+    and the multistep formulas by up to 6 more: 6 steps leave less than 1e-4 of the latents' size.
+    """
     guidance = 0.0 if family == "sdxl-turbo" else 7.5
     prompts = ["a red circle above a blue square", "photo of a cat"]
     noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(3))
@@ -75,7 +79,7 @@ def test_equals_diffusers(folders, pipes, family, negative):
     want_latents = theirs(prompts, generator=generators(), output_type="latent", **common).images
     ours = pipes(family)(prompts, negative, steps=6, guidance=guidance, noise=noise, seed=[11, 12])
     error = (ours.latents - want_latents).abs().max() / want_latents.abs().max()
-    assert error < 1e-5, f"latents differ by {error:.2e} of their size"
+    assert error < 1e-4, f"latents differ by {error:.2e} of their size"
     assert np.abs(bytes_of(ours.images) - bytes_of(want)).max() <= 1
 
 
