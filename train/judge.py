@@ -7,6 +7,7 @@ read against the demands of other prompts. The autoencoder is judged too, on pic
 the checker reads everything right from the reconstruction; no prompt can do better than that.
 """
 
+import hashlib
 import json
 import sys
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ from sdcore.pipeline import Pipeline
 from sdcore.vae import VAE
 
 from . import world
+from .loop import sha256, write_durably
 from .options import option, parse
 
 SEED = 20_000  # of the held-out prompts
@@ -40,6 +42,9 @@ class JudgeOptions:
     pictures: int = option(300, "pictures for the autoencoder")
     threads: int = option(2, "CPU threads")
     sheet: str | None = option(None, "PNG file for a sheet of the first 64 pictures")
+    record: str | None = option(
+        None, "a version; write it, the hashes of the weights and the verdict to FOLDER/version.json"
+    )
     json: bool = option(False, "print one JSON document instead of the table")
 
 
@@ -106,6 +111,13 @@ def autoencoder(vae: VAE, n: int) -> dict[str, float]:
     return found
 
 
+def fingerprint(folder: Path) -> dict[str, object]:
+    """The sha256 of every weight, vocabulary and configuration file of a model, and one hash of them all: the model's name."""
+    paths = sorted(p for p in folder.glob("*/*") if p.suffix in (".safetensors", ".json", ".txt"))
+    files = {str(p.relative_to(folder)): sha256(p) for p in paths}
+    return {"hash": hashlib.sha256(json.dumps(files).encode()).hexdigest(), "files": files}
+
+
 def table(verdict: dict[str, dict[str, float]]) -> str:
     """The verdict for a person."""
     shown, vae = verdict["prompts"], verdict["autoencoder"]
@@ -135,6 +147,12 @@ def main(argv: list[str] | None = None) -> int:
         "prompts": prompts(pipe, options.prompts, options.steps, options.guidance, options.sampler, options.seed, options.sheet),
         "autoencoder": autoencoder(pipe.vae, options.pictures),
     }  # fmt: skip
+    if options.record:
+        settings = {
+            key: getattr(options, key) for key in ("prompts", "steps", "guidance", "sampler", "seed", "pictures")
+        }
+        version = {"version": options.record, **fingerprint(Path(words[0])), "judged": settings, **verdict}
+        write_durably(Path(words[0]) / "version.json", (json.dumps(version, indent=1) + "\n").encode())
     print(json.dumps(verdict) if options.json else table(verdict))
     return 0
 
