@@ -117,7 +117,7 @@ WRONG = {
     "png": (b"\x89PNG\r\n\x1a\n" + bytes(40), "PNG picture"),
     "gguf": (b"GGUF" + bytes(40), "GGUF"),
     "zeros": (bytes(4096), "zeros"),
-    "noise": (bytes(range(128, 256)), "neither safetensors nor"),
+    "noise": (bytes(i * 37 % 256 for i in range(1, 300)), "neither safetensors nor"),
     "bare pickle": (pickle.dumps({"a": list(range(50))}, 2), "bare pickle", "1.6"),
     "huge header": (struct.pack("<Q", 2**62) + b"{" + bytes(40), "limit"),
     "header of 100 MB": (struct.pack("<Q", 10**8) + b"{}" + bytes(40), "limit"),
