@@ -585,9 +585,15 @@ def read(picture: Array) -> Scene:
     apart = np.sqrt(((rgb - ground) ** 2).sum(0)) if night else difference(rgb, ground)
     rim = RIM_WIDTH if night else 0.0
     things, rims = [], []
+    holes = np.zeros((SIDE, SIDE), bool)
+    if night:  # a stripe may be as dark as the sky, but the rim closes it in
+        for sky in islands(apart <= 0.2)[:1]:
+            holes = (apart <= 0.2) & ~sky
     for part in islands(apart > 0.2)[:4]:
         contrast = np.quantile(apart[part], 0.5)
-        cover = np.where(grown(part, 4), np.clip(apart / contrast, 0, 1), 0).astype(np.float32)
+        cover = np.clip(apart / contrast, 0, 1)
+        cover[holes] = 1
+        cover = np.where(grown(part, 4), cover, 0).astype(np.float32)
         cover[cover < 0.15] = 0  # noise and what is left of the shadow
         found = fits(cover, rim)
         likeness, blur, thing = max((found[shape] for shape in SHAPES), key=lambda one: one[0])
@@ -600,7 +606,7 @@ def read(picture: Array) -> Scene:
         if thing.shape != SUBJECT:
             around = np.array(RIM, np.float32)[:, None, None] if night else ground
             colour, texture = surface(around + (rgb - around) / np.maximum(inside, 0.2), inside, thing)
-            thing = replace(thing, shape=thing.shape if likeness > 0.85 else None, colour=colour, texture=texture)
+            thing = replace(thing, shape=thing.shape if likeness > 0.8 else None, colour=colour, texture=texture)
         things.append(thing)
     relation = None
     if len(things) == 2:
