@@ -129,7 +129,10 @@ def test_from_another_model_is_said(run, model, tmp_path):
     assert code == 0 and "model_id" in err and "may differ" in err
 
 
-def test_from_another_program(run, model):
+def test_from_another_program(run, model, monkeypatch):
+    """Another tool's settings are taken, but its model's name is not looked up here."""
+    import sdcore
+
     info = PngImagePlugin.PngInfo()
     info.add_text(
         "parameters", f"{PROMPT}\nSteps: 3, Sampler: Euler a, CFG scale: 4, Seed: 5, Size: 72x48, Model: v1-5-pruned"
@@ -139,6 +142,14 @@ def test_from_another_program(run, model):
     assert code == 0 and "another program" in err
     wanted = {"prompt": PROMPT, "steps": 3, "sampler": "euler_a", "guidance": 4.0, "seed": 5, "size": "72x48"}
     assert read_metadata("out.png").items() >= wanted.items() and read_metadata("out.png")["model"] == str(model)
+    asked = []
+
+    def load(name, **_):
+        asked.append(name)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sdcore, "load", load)
+    assert run("generate", "--from", "theirs.png")[0] == 130 and asked == ["tiny"]
 
 
 def test_count_strip_and_json(run):
@@ -244,6 +255,7 @@ def refused(result, *says):
     ([PROMPT, "--model", "missing.safetensors"], ["missing.safetensors", "no such file"]),
     ([PROMPT, "--out", "nowhere/a.png"], ["nowhere"]),
     ([PROMPT, "--out", "a.jpg"], ["a.jpg", "PNG"]),
+    ([PROMPT, "--out", "a\x1b[31m\n.jpg"], ["a\\x1b[31m .jpg"]),
     ([PROMPT, "--out", "."], ["."]),
     ([PROMPT, "--strip", "out.png"], ["--strip"]),
     ([PROMPT, "--lora", "a.safetensors"], ["--lora"]),
@@ -271,9 +283,14 @@ def test_mistakes_of_other_commands(run, words, says):
 
 
 def test_an_unwritable_folder(run, tmp_path, monkeypatch):
+    """Said before the model is loaded, not after the picture is drawn."""
+    import sdcore
+
     (tmp_path / "locked").mkdir(mode=0o500)
     monkeypatch.setattr(os, "access", lambda path, mode: "locked" not in str(path))  # root may write anywhere
+    monkeypatch.setattr(sdcore, "load", lambda *_, **__: pytest.fail("too late"))
     refused(run("generate", PROMPT, "--out", "locked/a.png"), "locked", "may not be written")
+    refused(run("generate", PROMPT, "--strip", "nowhere/a.png"), "nowhere")
     assert files() == ["locked"] and files("locked") == []
 
 
