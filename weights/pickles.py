@@ -29,22 +29,25 @@ STORAGES = {
 }  # fmt: skip
 
 
-@dataclass(eq=False)  # compared and hashed by identity: Lightning uses classes as keys
+@dataclass(eq=False, repr=False)
 class Inert:
-    """A global, or the result of calling one: a name that does nothing."""
+    """A global, or the result of calling one: a name that does nothing. Lightning uses classes as keys, so it can be one.
+
+    It has no repr of its parts: a hostile state can hold itself a thousandfold, and printing it would take for ever.
+    """
 
     name: str
     state: object = None
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Storage:
     key: str
     dtype: torch.dtype
     count: int
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class LazyTensor:
     """What a tensor of the pickle claims; nothing of it is believed before `Archive.tensor`."""
 
@@ -61,7 +64,8 @@ def read_ckpt(path: Path, data: Tensor) -> tuple[dict[str, Tensor], dict[str, st
     if not isinstance(root, dict):
         raise CheckpointError(f"{path}: holds {describe(root)}, expected a table of tensors")
     chosen = next((root[key] for key in ("state_dict", "model", "params") if isinstance(root.get(key), dict)), None)
-    metadata = {k: str(v)[:200] for k, v in root.items() if isinstance(k, str) and isinstance(v, str | int | float)}
+    plain = {k: v for k, v in root.items() if isinstance(k, str) and isinstance(v, str | int | float)}
+    metadata = {k: str(v) for k, v in plain.items() if not isinstance(v, int) or abs(v) < 2**63}
     lazy = dict(flatten(path, root if chosen is None else chosen, strict=chosen is not None))
     if len(lazy) > MAX_TENSORS:
         raise CheckpointError(f"{path}: declares {len(lazy)} tensors, more than the limit of {MAX_TENSORS}")
@@ -81,7 +85,7 @@ def flatten(path: Path, table: dict, strict: bool, prefix: str = ""):
             yield from flatten(path, value, True, f"{name}.")
         elif isinstance(value, Inert | Storage | bytes):
             raise CheckpointError(
-                f"{path}: entry {one_line(name or key)} is {describe(value)}, expected a tensor; refused"
+                f"{path}: entry {one_line(name) or '?'} is {describe(value)}, expected a tensor; refused"
             )
 
 
