@@ -41,7 +41,9 @@ class Conditions(NamedTuple):
 
     def then(self, other: "Conditions") -> "Conditions":
         """Both in one batch, these first."""
-        pooled = None if self.pooled is None else torch.cat([self.pooled, other.pooled])
+        pooled = (
+            torch.cat([self.pooled, other.pooled]) if self.pooled is not None and other.pooled is not None else None
+        )
         return Conditions(torch.cat([self.context, other.context]), pooled)
 
 
@@ -248,15 +250,14 @@ class Pipeline:
         self._place(unet)
         with torch.no_grad():
             kv = unet.keys_values(conditions.context.to(dtype))
-        time_ids = None
-        if unet.config.added_dim:
-            time_ids = self._time_ids(sizes, conditions.pooled)
+        pooled = conditions.pooled
+        time_ids = None if pooled is None else self._time_ids(sizes, pooled)
 
         def network(x: Tensor, step: Step) -> Tensor:
             self._place(unet)  # a preview may have taken its place since the last step
             n = len(x)  # both halves, or only the positive one: it is the last
             t = torch.full((n,), step.t, dtype=torch.float32, device=x.device)
-            added = None if time_ids is None else (conditions.pooled[-n:], time_ids.expand(n, -1))
+            added = None if pooled is None or time_ids is None else (pooled[-n:], time_ids.expand(n, -1))
             shifts = unet.time_shifts(unet.embed_time(t, added))
             return unet.step(x.to(dtype), shifts, [(k[-n:], v[-n:]) for k, v in kv])
 

@@ -23,6 +23,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from sdcore import ops
+from sdcore.errors import ConfigError
 
 KeysValues = tuple[Tensor, Tensor]
 
@@ -366,13 +367,17 @@ class Encoder(nn.Module):
         """Timesteps [b], and what else the residual blocks hear, -> embedding [b, d].
 
         `added`, XL only: the pooled text [b, p] and the sizes and crops [b, 6] (refiner: [b, 5]) in the order of `time_ids`.
-        `labels`, the upscaler only: noise level of the small picture, int64 [b].
+        `labels`, the upscaler only: noise level of the small picture, int64 [b]. ConfigError where one is missing.
         """
         config, dtype = self.config, self.conv_in.weight.dtype
         temb = self.time_embedding(sinusoids(t, config.channels[0]).to(dtype))
         if config.class_embeddings:
+            if labels is None:
+                raise ConfigError("this UNet hears a noise level: pass labels=, int64 [b]")
             temb = temb + self.class_embedding(labels).to(dtype)
         if config.added_dim:
+            if added is None:
+                raise ConfigError("this UNet hears the pooled text and sizes: pass added=(pooled, time_ids)")
             pooled, time_ids = added
             numbers = sinusoids(time_ids.flatten(), config.added_time_dim).reshape(len(pooled), -1)
             temb = temb + self.add_embedding(torch.cat([pooled, numbers], dim=-1).to(dtype))

@@ -133,8 +133,9 @@ class Level(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         for resnet in self.resnets:
             x = resnet(x)
-        for resample in getattr(self, "downsamplers", None) or getattr(self, "upsamplers", ()):
-            x = resample(x)
+        for name in ("downsamplers", "upsamplers"):
+            for resample in getattr(self, name, ()):
+                x = resample(x)
         return x
 
 
