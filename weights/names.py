@@ -127,7 +127,9 @@ def vae_spelling(tensors: Tensors) -> Tensors:
     where = ("encoder.mid_block.attentions.0", "decoder.mid_block.attentions.0")
     tensors = rename(tensors, {f"{at}.{old}": f"{at}.{new}" for at in where for old, new in VAE_OLD_ATTENTION.items()})
     return {
-        name: tensor.flatten(1) if name.startswith(where) and tensor.ndim > 2 and tensor[0, 0].numel() == 1 else tensor
+        name: tensor.flatten(1)
+        if name.startswith(where) and tensor.ndim > 2 and tensor.shape[2:].numel() == 1
+        else tensor
         for name, tensor in tensors.items()
     }
 
@@ -171,14 +173,14 @@ def clip_from_open(tensors: Tensors, layers: int) -> Tensors:
     tensors, unpacked = dict(tensors), {}
     if "positional_embedding" in tensors:
         unpacked["text_model.embeddings.position_embedding.weight"] = tensors.pop("positional_embedding")
-    if "text_projection" in tensors:
+    if "text_projection" in tensors and tensors["text_projection"].ndim == 2:
         unpacked["text_projection.weight"] = tensors.pop("text_projection").T.contiguous()
     for i in range(layers):
         for kind in ("weight", "bias"):
-            three = tensors.pop(f"transformer.resblocks.{i}.attn.in_proj_{kind}", None)
-            if three is not None and three.shape[0] % 3 == 0:
-                names = [f"text_model.encoder.layers.{i}.self_attn.{name}.{kind}" for name in QKV]
-                unpacked |= dict(zip(names, three.chunk(3), strict=True))
+            packed = f"transformer.resblocks.{i}.attn.in_proj_{kind}"
+            if packed in tensors and tensors[packed].ndim and len(tensors[packed]) % 3 == 0 < len(tensors[packed]):
+                own = [f"text_model.encoder.layers.{i}.self_attn.{name}.{kind}" for name in QKV]
+                unpacked |= dict(zip(own, tensors.pop(packed).chunk(3), strict=True))
     return join(rename(tensors, swap(open_clip_modules(layers))), unpacked)
 
 
