@@ -94,8 +94,12 @@ def test_a_perfect_prediction_gives_back_the_clean_latent(prediction, sampler):
 
 
 def test_the_arithmetic_stays_in_the_precision_of_x():
-    network = Recorder(dtype=torch.bfloat16)
-    assert denoiser(network, guidance=5.0)(latents().float(), STEPS[0]).dtype == torch.float32
+    x, step = latents().float(), STEPS[0]
+    x0 = denoiser(Recorder(negative=0.3, positive=0.7, dtype=torch.bfloat16), guidance=5.0)(x, step)
+    entry = x * step.input_scale
+    negative, positive = (entry * 0.3).bfloat16().float(), (entry * 0.7).bfloat16().float()
+    assert x0.dtype == torch.float32
+    assert torch.equal(x0, to_x0(x, negative + 5.0 * (positive - negative), step))
 
 
 @pytest.mark.parametrize(

@@ -641,6 +641,6 @@ def test_refuses_what_is_no_seed(seeds):
 def test_refuses_to_draw_without_noise_or_for_another_number_of_images():
     steps = make_steps(SD15_SCHEDULER, 4, "euler_a")
     with pytest.raises(ConfigError, match="noise"):
-        next(sample(lambda x, step: x, torch.zeros(SHAPE), steps))
+        next(sample(lambda x, step: pytest.fail("the network was asked first"), torch.zeros(SHAPE), steps))
     with pytest.raises(ConfigError, match="one seed per image"):
         next(sample(lambda x, step: x, torch.zeros(2, 4, 8, 8), steps, noise=Noise([1])))
