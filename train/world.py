@@ -20,6 +20,7 @@ import re
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -230,7 +231,14 @@ def draw_batch(scenes: Sequence[Scene]) -> Array:
 
 # Colour and shape pairs never seen in training: each shape lacks one colour, so every single value is still seen.
 HELD_OUT_PAIRS = frozenset(
-    {("red", "star"), ("orange", "cross"), ("yellow", "square"), ("green", "triangle"), ("blue", "heart"), ("purple", "circle")}
+    {
+        ("red", "star"),
+        ("orange", "cross"),
+        ("yellow", "square"),
+        ("green", "triangle"),
+        ("blue", "heart"),
+        ("purple", "circle"),
+    }
 )
 
 
@@ -307,7 +315,9 @@ def vae_scene(rng: np.random.Generator) -> Scene:
     scene, luck = training_scene(rng), rng.random(2)
     if luck[0] >= 0.15:
         return scene
-    return reserve(scene, pick(luck[1], ("subject", "style", "style", "look")))  # the night changes most, so it needs most
+    return reserve(
+        scene, pick(luck[1], ("subject", "style", "style", "look"))
+    )  # the night changes most, so it needs most
 
 
 def reserve(scene: Scene, what: str) -> Scene:
@@ -334,7 +344,13 @@ SAYINGS = {  # what is said for a value; the first wording is the canonical one
     "below": ("below", "under"),
 }
 OPENINGS = ("", "", "", "", "a picture of ", "there is ")
-GROUNDS = ("on a {} background", "on a {} background", "against a {} background", "in front of a {} background", "on {}")
+GROUNDS = (
+    "on a {} background",
+    "on a {} background",
+    "against a {} background",
+    "in front of a {} background",
+    "on {}",
+)
 VOCABULARY = tuple(  # every word a caption can hold: the closed list that the bundled tokenizer is trained on
     sorted(
         {*COLOURS, *BACKGROUNDS, *SHAPES, "shape", "a", "an", "and"}
@@ -363,10 +379,11 @@ def caption(scene: Scene, rng: np.random.Generator | None = None, full: bool = F
         size = [say(thing.size)] if thing.size and next(luck) < 0.6 else []
         colour = [thing.colour] if thing.colour and next(luck) < keep else []
         shape = thing.shape if thing.shape and next(luck) < keep + 0.03 else "shape"
-        texture, behind = [], []
+        texture: list[str] = []
+        behind: list[str] = []
         if thing.texture and next(luck) < (0.3 if thing.texture == "plain" else 0.7):
-            words = say(thing.texture)
-            (behind if words.startswith("with") else texture).append(words)
+            said = say(thing.texture)
+            (behind if said.startswith("with") else texture).append(said)
         described = colour + texture if next(luck) < 0.6 else texture + colour
         words = size + described + [shape]
         phrases.append(" ".join([article(words[0]), *words, *behind]))
@@ -384,7 +401,7 @@ def article(word: str) -> str:
     return "an" if word[0] in "aeiou" else "a"
 
 
-MEANINGS = {  # word: the attribute and the value it names
+MEANINGS: dict[str, tuple[str, Any]] = {  # word: the attribute and the value it names
     **{word: ("colour", word) for word in (*COLOURS, LOOK[0])},
     **{word: ("shape", word) for word in (*SHAPES, SUBJECT)},
     **{saying.split()[-1]: (attribute, value) for attribute, values in (("size", SIZES), ("texture", TEXTURES))
@@ -408,7 +425,7 @@ def parse(text: str) -> Scene:
 def held_out_prompts(n: int, seed: int) -> list[tuple[str, Scene]]:
     """n prompts with what they demand, alternately of one and two things; each names a combination never seen in training."""
     rng = np.random.default_rng(seed)
-    prompts = []
+    prompts: list[tuple[str, Scene]] = []
     while len(prompts) < n:
         text = caption(sample_scene(rng, 1 + len(prompts) % 2), rng, full=True)
         if held_out(parse(text)):
@@ -433,13 +450,17 @@ def vae_pictures(rng: np.random.Generator, n: int) -> Array:
 # the same area and centre of mass, the best overlap wins; then colour and texture are read from the inside. Area, centre
 # and overlap are sums over many pixels, so blur and noise hardly move them.
 
-OPPONENT = np.array([[0.2, 0.4, 0.1], [0.7, -0.7, 0.0], [0.35, 0.35, -0.7]], np.float32)  # light, red-green, yellow-blue
+OPPONENT = np.array(
+    [[0.2, 0.4, 0.1], [0.7, -0.7, 0.0], [0.35, 0.35, -0.7]], np.float32
+)  # light, red-green, yellow-blue
 U, V = PIXELS[None, :], PIXELS[:, None]
 
 
 def nearest(rgb: Array, palette: dict[str, tuple[float, float, float]], limit: float = 0.2) -> str | None:
     """The palette's name for a colour [3] in 0..1, by distance in the opponent space; None beyond `limit`."""
-    distances = {name: float(np.linalg.norm(OPPONENT @ (rgb - np.array(tone, np.float32)))) for name, tone in palette.items()}
+    distances = {
+        name: float(np.linalg.norm(OPPONENT @ (rgb - np.array(tone, np.float32)))) for name, tone in palette.items()
+    }
     name = min(distances, key=distances.__getitem__)
     return name if distances[name] < limit else None
 
@@ -570,7 +591,9 @@ def surface(rgb: Array, cover: Array, thing: Thing) -> tuple[str | None, str]:
     likeness = product / np.sqrt(power * (share**2 @ weights) + 1e-9)
     best = int(likeness.argmax())
     depth = product[best] / power[best]
-    return (colour if distances[colour] < 0.2 else None), names[best] if likeness[best] > 0.5 and depth > 0.25 else "plain"
+    return (colour if distances[colour] < 0.2 else None), names[best] if likeness[
+        best
+    ] > 0.5 and depth > 0.25 else "plain"
 
 
 def read(picture: Array) -> Scene:
@@ -602,7 +625,9 @@ def read(picture: Array) -> Scene:
         distance = OUTLINES[thing.shape or ""](U - thing.x, V - thing.y, thing.r)
         inside = blurred(coverage(distance), blur)
         if night:
-            rims.append(is_rimmed(rgb - ground, inside, blurred(coverage(distance - rim), blur) - inside, grown(part, 4)))
+            rims.append(
+                is_rimmed(rgb - ground, inside, blurred(coverage(distance - rim), blur) - inside, grown(part, 4))
+            )
         if thing.shape != SUBJECT:
             around = np.array(RIM, np.float32)[:, None, None] if night else ground
             colour, texture = surface(around + (rgb - around) / np.maximum(inside, 0.2), inside, thing)
@@ -638,7 +663,10 @@ def shows(reading: Scene, what: str) -> bool:
     """Whether something reserved was read: `what` is "subject", "style" or "look"."""
     if what == "style":
         return reading.style == STYLE
-    return any(thing.shape == SUBJECT if what == "subject" else (thing.colour, thing.texture) == LOOK for thing in reading.things)
+    return any(
+        thing.shape == SUBJECT if what == "subject" else (thing.colour, thing.texture) == LOOK
+        for thing in reading.things
+    )
 
 
 ATTRIBUTES = ("shape", "colour", "size", "texture")

@@ -9,8 +9,10 @@ import functools
 import json
 import logging
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -25,11 +27,11 @@ logger = logging.getLogger("sdcore")
 
 TEXT_PARTS = ("text_encoder", "text_encoder_2")
 LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder", "depth_estimator", "low_res_scheduler", "vae_1_0")
-READERS = {
+READERS: dict[str, Callable[[dict, str | Path], Any]] = {
     "unet": configs.unet_config, "vae": configs.vae_config,
     "text_encoder": configs.text_config, "text_encoder_2": configs.text_config, "scheduler": configs.scheduler_config,
 }  # fmt: skip
-WRITERS = {
+WRITERS: dict[str, Callable[[Any], dict]] = {
     "unet": configs.unet_table, "vae": configs.vae_table,
     "text_encoder": configs.text_table, "text_encoder_2": configs.text_table, "scheduler": configs.scheduler_table,
 }  # fmt: skip
@@ -43,7 +45,7 @@ class Checkpoint:
     path: Path
     layout: str  # "diffusers" (folder) or "ldm" (single file)
     family: str
-    configs: dict[str, object]
+    configs: dict[str, Any]  # part -> its config dataclass
     tensors: dict[str, Tensors]
     tokenizers: dict[str, Path]  # folder with vocab.json and merges.txt; empty when none was found
     zero_negative: bool | None = None  # whether an empty negative prompt is zeros; None: as is usual for the family
@@ -122,7 +124,7 @@ def read_folder(folder: Path, variant: str | None) -> Checkpoint:
     left = [name for name in found if name in LEFT_OUT and list((folder / name).iterdir())]
     if left:
         say_once(f"{folder}: {', '.join(left)} left out (not needed to draw)")
-    tokenizers = {name: folder / name for name in ("tokenizer", "tokenizer_2") if name in found}
+    tokenizers: dict[str, Path] = {n: folder / n for n in ("tokenizer", "tokenizer_2") if n in found}
     zeros = index.get("force_zeros_for_empty_prompt") is True if "force_zeros_for_empty_prompt" in index else None
     checkpoint = Checkpoint(folder, "diffusers", "", read_configs, tensors, tokenizers, zeros, unused + left)
     checkpoint.family = family_of_parts(checkpoint)
@@ -261,7 +263,7 @@ def from_single(part: str, spelling: str, tensors: Tensors, config) -> Tensors:
     return names.clip_from_open(tensors, config.layers) if spelling == "open_clip" else names.clip_spelling(tensors)
 
 
-def own_configs(file: files.WeightFile) -> dict[str, object]:
+def own_configs(file: files.WeightFile) -> dict[str, Any]:
     """The configs that our own writer left in the metadata; empty for anybody else's file."""
     if CONFIG_KEY not in file.metadata:
         return {}

@@ -89,7 +89,8 @@ class Table:
     def __init__(self, values: object, where: str | Path):
         if not isinstance(values, dict):
             raise CheckpointError(f"{where}: holds a {type(values).__name__}, expected a table")
-        self.values, self.where, self.asked = values, where, set()
+        self.values, self.where = values, where
+        self.asked: set[str] = set()
 
     def wrong(self, key: str, supported: object) -> CheckpointError:
         return CheckpointError(f"{self.where}: {key} is {one_line(self.values.get(key))!r}, supported: {supported}")

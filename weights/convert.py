@@ -61,7 +61,7 @@ def write_single(checkpoint: ck.Checkpoint, path: Path, dtype: torch.dtype | Non
     if path.suffix.lower() != SINGLE_SUFFIX:
         raise ConfigError(f"{path}: a single file is written as {SINGLE_SUFFIX}, expected that ending")
     family = checkpoint.family
-    tensors = {}
+    tensors: ck.Tensors = {}
     for part, own in checkpoint.tensors.items():
         prefix, spelling = prefix_of(part, family)
         named = to_single(part, spelling, own, checkpoint.configs[part])

@@ -153,7 +153,8 @@ UNUSED = re.compile(
 def split(tensors: Tensors) -> tuple[dict[tuple[str, str], Tensors], list[str], list[str]]:
     """Tensors by (part, spelling) with their prefixes off; the names that are known to be unused; the names that are unknown."""
     parts: dict[tuple[str, str], Tensors] = {}
-    unused, unknown = [], []
+    unused: list[str] = []
+    unknown: list[str] = []
     for name, tensor in tensors.items():
         for prefix, part, spelling in PREFIXES:
             if name.startswith(prefix) and not UNUSED.search(name):
@@ -241,7 +242,7 @@ def visible(config: unet.UNetConfig) -> unet.UNetConfig:
     )
 
 
-DERIVED = {  # XL with fewer transformers a level
+DERIVED: dict[tuple[int, ...], str] = {  # XL with fewer transformers a level
     (0, 2, 4): "SSD-1B (distilled XL)", (0, 1, 2): "Vega (distilled XL)", (0, 2, 5): "KOALA-700M (distilled XL)",
     (0, 2, 6): "KOALA-1B (distilled XL)",
 }  # fmt: skip

@@ -134,5 +134,5 @@ def cached_tokenizer() -> Path | None:
     for repo, folder in places:
         found = [try_to_load_from_cache(repo, f"{folder}{file}") for file in ("vocab.json", "merges.txt")]
         if all(isinstance(file, str) for file in found):
-            return Path(found[0]).parent
+            return Path(str(found[0])).parent
     return None

@@ -16,6 +16,7 @@ import os
 import secrets
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -214,7 +215,7 @@ def check_name(path: Path, name: object) -> None:
         raise CheckpointError(f"{path}: a tensor is named {one_line(name)}, which is no name; the file is damaged")
 
 
-def check_shape(path: Path, name: str, shape: object) -> None:
+def check_shape(path: Path, name: str, shape: Any) -> None:
     if not are_sizes(shape):
         raise CheckpointError(
             f"{path}: tensor {name}: shape {one_line(shape)} is no list of sizes; the file is damaged"

@@ -127,7 +127,9 @@ def load_vae(path: str | Path, device=None, dtype=None, *, scaling_factor: float
         if "encoder.down.0.block.0.conv1.weight" in tensors:
             tensors = names.vae_from_ldm(tensors, config)
     tensors = {key: value for key, value in tensors.items() if not key.startswith(("loss.", "model_ema."))}
-    return fill("vae", config, names.vae_spelling(tensors), path, device, dtype)
+    vae = fill("vae", config, names.vae_spelling(tensors), path, device, dtype)
+    assert isinstance(vae, VAE)
+    return vae
 
 
 def read_file(path: str | Path) -> dict[str, Tensor]:

@@ -124,7 +124,7 @@ class Archive:
         if len(pickles) != 1:
             raise CheckpointError(f"{path}: is a zip archive without one data.pkl: not a torch checkpoint")
         self.root = pickles[0].removesuffix("data.pkl")
-        if f"{self.root}byteorder" in self.entries and self.bytes(f"{self.root}byteorder") != b"little":
+        if f"{self.root}byteorder" in self.entries and self.content(f"{self.root}byteorder") != b"little":
             raise CheckpointError(f"{path}: was written on a big-endian machine; save it again on a little-endian one")
 
     def check(self, info: zipfile.ZipInfo, end: int) -> int:
@@ -151,14 +151,14 @@ class Archive:
             )
         return begin
 
-    def bytes(self, name: str) -> bytes:
+    def content(self, name: str) -> bytes:
         begin, size, _ = self.checked(name)
         return slice_bytes(self.data, begin, begin + size)
 
     def pickle(self) -> bytes:
         if self.entries[f"{self.root}data.pkl"][1] > MAX_PICKLE:
             raise CheckpointError(f"{self.path}: its pickle is larger than the limit of {MAX_PICKLE} bytes")
-        return self.bytes(f"{self.root}data.pkl")
+        return self.content(f"{self.root}data.pkl")
 
     def checked(self, name: str) -> tuple[int, int, int]:
         """The entry, once its CRC has been found right (entries are marked so that shared storages are read once)."""
