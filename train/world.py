@@ -501,6 +501,12 @@ def grown(mask: Array, by: int = 2) -> Array:
     return mask
 
 
+def enclosed(mask: Array) -> Array:
+    """The mask and whatever has it on all four sides."""
+    seen = np.logical_or.accumulate
+    return seen(mask, 0) & seen(mask[::-1], 0)[::-1] & seen(mask, 1) & seen(mask[:, ::-1], 1)[:, ::-1]
+
+
 OUTLINES: dict[str, Sdf] = {**SHAPES, SUBJECT: rocket}
 REACH = 20
 RADII = SIZES["small"] * 1.05 ** np.arange(-6, 15)
@@ -591,9 +597,8 @@ def surface(rgb: Array, cover: Array, thing: Thing) -> tuple[str | None, str]:
     likeness = product / np.sqrt(power * (share**2 @ weights) + 1e-9)
     best = int(likeness.argmax())
     depth = product[best] / power[best]
-    return (colour if distances[colour] < 0.2 else None), names[best] if likeness[
-        best
-    ] > 0.5 and depth > 0.25 else "plain"
+    texture = names[best] if likeness[best] > 0.6 and depth > 0.35 else "plain"
+    return (colour if distances[colour] < 0.2 else None), texture
 
 
 def read(picture: Array) -> Scene:
@@ -608,14 +613,11 @@ def read(picture: Array) -> Scene:
     apart = np.sqrt(((rgb - ground) ** 2).sum(0)) if night else difference(rgb, ground)
     rim = RIM_WIDTH if night else 0.0
     things, rims = [], []
-    holes = np.zeros((SIDE, SIDE), bool)
-    if night:  # a stripe may be as dark as the sky, but the rim closes it in
-        for sky in islands(apart <= 0.2)[:1]:
-            holes = (apart <= 0.2) & ~sky
     for part in islands(apart > 0.2)[:4]:
         contrast = np.quantile(apart[part], 0.5)
         cover = np.clip(apart / contrast, 0, 1)
-        cover[holes] = 1
+        if night:  # a stripe may be as dark as the sky, but the rim closes it in
+            cover[enclosed(part) & ~part] = 1
         cover = np.where(grown(part, 4), cover, 0).astype(np.float32)
         cover[cover < 0.15] = 0  # noise and what is left of the shadow
         found = fits(cover, rim)
