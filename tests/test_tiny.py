@@ -47,8 +47,9 @@ def test_diffusers_draws_the_same_picture(pipe, sampler, peer):
 
 def test_prompts_are_followed_about_as_well_as_recorded(pipe):
     """48 prompts at 12 steps: every rate within 3.5 standard errors (and what fewer steps cost) of the recorded one."""
-    recorded = json.loads((TINY / "version.json").read_text())["prompts"]
-    found = judge.prompts(pipe, 48, steps=12, sampler="dpmpp_2m")
+    version = json.loads((TINY / "version.json").read_text())
+    recorded = version["prompts"]
+    found = judge.prompts(pipe, 48, steps=12, sampler="dpmpp_2m", guidance=version["judged"]["guidance"])
     for key, n in (("one_object", 24), ("two_objects", 24), ("colour", 40), ("shape", 40), ("background", 20)):
         share = recorded[key]
         allowed = 3.5 * (max(share * (1 - share), 0.02) / n) ** 0.5 + 0.05

@@ -256,6 +256,8 @@ def write_model(folder: Path, unet: UNet, text: CLIPText, vae: Path) -> None:
         "bos_token_id": text.config.vocab - 2,
         "eos_token_id": text.config.eos_id,
         "pad_token_id": text.config.eos_id,
+        "dtype": "float32",  # of the computation: left to itself, transformers takes that of the file, and diffusers does not
+        "torch_dtype": "float32",  # the same, as transformers before version 5 calls it
     }
     tables = {
         "unet": configs.unet_table(unet.config), "text_encoder": configs.text_table(text.config) | special,
