@@ -187,6 +187,10 @@ def test_checker_knows_the_reserved(what):
 def test_checker_survives_anything():
     rng = np.random.default_rng(17)
     flat = [np.full((3, 64, 64), value) for value in (-1, 0, 1, np.nan, np.inf)]
-    for picture in (*flat, rng.normal(size=(3, 64, 64)), np.where(rng.random((1, 64, 64)) < 0.5, np.ones((3, 1, 1)), -1)):
+    for picture in (
+        *flat,
+        rng.normal(size=(3, 64, 64)),
+        np.where(rng.random((1, 64, 64)) < 0.5, np.ones((3, 1, 1)), -1),
+    ):
         reading = world.read(picture)
         assert not all(world.matches(reading, world.parse("a red circle")).values())

@@ -501,12 +501,6 @@ def grown(mask: Array, by: int = 2) -> Array:
     return mask
 
 
-def enclosed(mask: Array) -> Array:
-    """The mask and whatever has it on all four sides."""
-    seen = np.logical_or.accumulate
-    return seen(mask, 0) & seen(mask[::-1], 0)[::-1] & seen(mask, 1) & seen(mask[:, ::-1], 1)[:, ::-1]
-
-
 OUTLINES: dict[str, Sdf] = {**SHAPES, SUBJECT: rocket}
 REACH = 20
 RADII = SIZES["small"] * 1.05 ** np.arange(-6, 15)
@@ -597,7 +591,7 @@ def surface(rgb: Array, cover: Array, thing: Thing) -> tuple[str | None, str]:
     likeness = product / np.sqrt(power * (share**2 @ weights) + 1e-9)
     best = int(likeness.argmax())
     depth = product[best] / power[best]
-    texture = names[best] if likeness[best] > 0.6 and depth > 0.35 else "plain"
+    texture = names[best] if likeness[best] > 0.6 and depth > 0.3 else "plain"
     return (colour if distances[colour] < 0.2 else None), texture
 
 
@@ -615,10 +609,7 @@ def read(picture: Array) -> Scene:
     things, rims = [], []
     for part in islands(apart > 0.2)[:4]:
         contrast = np.quantile(apart[part], 0.5)
-        cover = np.clip(apart / contrast, 0, 1)
-        if night:  # a stripe may be as dark as the sky, but the rim closes it in
-            cover[enclosed(part) & ~part] = 1
-        cover = np.where(grown(part, 4), cover, 0).astype(np.float32)
+        cover = np.where(grown(part, 4), np.clip(apart / contrast, 0, 1), 0).astype(np.float32)
         cover[cover < 0.15] = 0  # noise and what is left of the shadow
         found = fits(cover, rim)
         likeness, blur, thing = max((found[shape] for shape in SHAPES), key=lambda one: one[0])
