@@ -7,7 +7,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint const
 .PHONY: demo test check gpu lint train clean
 
 demo: .venv/.run
-	$(BIN)/sdcore generate "a small red circle left of a large blue square" --seed 7 --out demo.png
+	$(BIN)/sdcore generate "a yellow star above a blue square" --guidance 3 --seed 3 --out demo.png
 
 # What CI runs: style, types, and every test that is not a long proof.
 test: .venv/.test lint

@@ -89,7 +89,7 @@ class Result:
 
     @property
     def images(self) -> list:
-        """The pictures, as Pillow images."""
+        """The pictures: `image.Picture`, with `.save(path)`, `.size`, and `.pil` for Pillow."""
         from sdcore import image  # here: a runtime that works on tensors alone needs no Pillow
 
         return [] if self.pixels is None else image.to_pictures(self.pixels)

@@ -463,7 +463,10 @@ def test_help_and_mistakes_need_no_torch(tmp_path):
 
 def test_a_signal_stops_it_cleanly(model, tmp_path):
     words = [sys.executable, "-m", "sdcore", "generate", PROMPT, "--model", model, "--steps", "999"]
-    child = subprocess.Popen(list(map(str, words)), stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    child = subprocess.Popen(
+        list(map(str, words)), stderr=subprocess.PIPE, text=True, cwd=tmp_path,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it, and so would we
+    )  # fmt: skip
     begin, ticks = time.monotonic(), os.sysconf("SC_CLK_TCK")
     while time.monotonic() - begin < 300:  # five seconds of work later it is past its imports, and far from its end
         utime = int(open(f"/proc/{child.pid}/stat").read().rsplit(")", 1)[1].split()[11])

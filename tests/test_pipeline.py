@@ -56,18 +56,22 @@ def bytes_of(pictures) -> np.ndarray:
     return np.stack([np.asarray(p, dtype=np.int16) for p in pictures])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
 @pytest.mark.parametrize("negative", ["", "blue square"], ids=["plain", "negative"])
 @pytest.mark.parametrize("family", TEXT_TO_IMAGE)
-def test_equals_diffusers(folders, pipes, family, negative):
+def test_equals_diffusers(folders, family, negative, dtype):
     """Own sampler of the model, 6 steps, two prompts: pixels within 1/255.
 
-    The latents are looked at too: coefficients are fp64 here and fp32 there, 1e-7 a step, which guidance of 7.5 multiplies by 15
-    and the multistep formulas by up to 6 more: 6 steps leave less than 1e-4 of the latents' size.
+    In fp64 at the full guidance of 7.5, and the latents are compared too: ours are kept in fp32 between the steps, and guidance
+    through a random network multiplies that rounding of 6e-8 some hundred times on the way, so they must agree to 1e-4 of their
+    size. In fp32 both sides round everywhere; there guidance is 3, since at 7.5 a random v model magnifies it to 4e-3.
     """
-    guidance = 0.0 if family == "sdxl-turbo" else 7.5
+    if dtype == torch.float64 and family == "sdxl-turbo":
+        pytest.skip("its sampler draws noise on the way, and diffusers draws other numbers in fp64")
+    guidance = 0.0 if family == "sdxl-turbo" else 7.5 if dtype == torch.float64 else 3.0
     prompts = ["a red circle above a blue square", "photo of a cat"]
-    noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(3))
-    theirs = peer(folders(family), family)
+    noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(3), dtype=dtype)
+    theirs = peer(folders(family), family).to(dtype=dtype)
     common = dict(num_inference_steps=6, guidance_scale=guidance, latents=noise)
     if negative:  # None is diffusers' word for no negative prompt
         common["negative_prompt"] = [negative] * 2
@@ -75,11 +79,13 @@ def test_equals_diffusers(folders, pipes, family, negative):
     def generators():  # what a stochastic sampler (turbo's) draws from
         return [torch.Generator().manual_seed(seed) for seed in (11, 12)]
 
+    want = theirs(prompts, generator=generators(), output_type="latent", **common).images
+    pipe = sdcore.load(str(folders(family)), device="cpu", dtype=dtype)
+    ours = pipe(prompts, negative, steps=6, guidance=guidance, noise=noise, seed=[11, 12])
+    if dtype == torch.float64:
+        error = ((ours.latents - want).abs().max() / want.abs().max()).item()
+        assert error < 1e-4, f"latents differ by {error:.2e} of their size"
     want = theirs(prompts, generator=generators(), **common).images
-    want_latents = theirs(prompts, generator=generators(), output_type="latent", **common).images
-    ours = pipes(family)(prompts, negative, steps=6, guidance=guidance, noise=noise, seed=[11, 12])
-    error = (ours.latents - want_latents).abs().max() / want_latents.abs().max()
-    assert error < 1e-4, f"latents differ by {error:.2e} of their size"
     assert np.abs(bytes_of(ours.images) - bytes_of(want)).max() <= 1
 
 
@@ -171,7 +177,7 @@ def test_a_damaged_weight_is_no_black_picture(folders):
         (dict(steps=2.5), ConfigError, "steps"),
         (dict(steps=True), ConfigError, "steps"),
         (dict(steps=1001), ConfigError, "1000"),
-        (dict(sampler="dpm++"), ConfigError, "dpmpp_"),
+        (dict(sampler="dpmpp2m"), ConfigError, "dpmpp_2m"),
         (dict(schedule="karas"), ConfigError, "karras"),
         (dict(size=(100, 64)), ConfigError, "nearest 96 or 104"),
         (dict(size=(0, 64)), ConfigError, "nearest 8 or 16"),

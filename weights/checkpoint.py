@@ -321,10 +321,11 @@ def family_of_parts(checkpoint: Checkpoint) -> str:
             f"{checkpoint.path}: a UNet with {unet.in_channels} input channels, text width {unet.context_dim} and "
             f"{unet.added_dim} added numbers is none of the families {', '.join(detect.FAMILIES)}"
         )
-    usual = detect.FAMILIES[family].vae.scaling_factor
-    if vae.scaling_factor != usual:
+    usual = detect.FAMILIES[family].vae
+    if vae.channels == usual.channels and vae.scaling_factor != usual.scaling_factor:  # a small model has its own
         say_once(
-            f"{checkpoint.path}: vae has scaling factor {vae.scaling_factor}, {family} usually {usual}: of another model?"
+            f"{checkpoint.path}: vae has scaling factor {vae.scaling_factor}, {family} usually {usual.scaling_factor}: "
+            "of another model?"
         )
     return family
 
