@@ -27,9 +27,10 @@ gpu: .venv/.test
 	$(BIN)/python -m pytest tests/test_gpu.py -rs
 
 # The bundled model, from nothing: about two hours on two cores. Interrupt it as you like, the same command goes on.
+resume = $(if $(wildcard runs/$(1)/checkpoints/step-*),--resume)
 train: .venv/.run
-	$(BIN)/sdcore train vae --resume --out runs/vae
-	$(BIN)/sdcore train text2image --resume --vae runs/vae --out runs/text2image
+	$(BIN)/sdcore train vae --out runs/vae --steps 4300 --close-steps 4100 --cooldown 200 $(call resume,vae)
+	$(BIN)/sdcore train text2image --vae runs/vae --out runs/text2image --steps 12000 --lr 0.0015 $(call resume,text2image)
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
