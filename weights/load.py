@@ -6,7 +6,8 @@
 
 The modules are built on the meta device, where parameters have shapes but no memory, and the file's mapped tensors are put in
 their place. So loading costs neither the time nor the memory of a copy until a dtype or device other than the file's is asked
-for. Every tensor of the file has its place in a module or is listed as known to be unused; every weight is finite.
+for. Every tensor of the file has its place in a module or is listed as known to be unused. NaN is looked for at the start of
+every tensor here, and everywhere by `inspect`.
 """
 
 from dataclasses import dataclass, field

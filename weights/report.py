@@ -93,7 +93,7 @@ def of_model(source: ck.Checkpoint, values: bool) -> Report:
         model = skeleton(name, source.configs[name])
         check_names(name, model.state_dict(), tensors, source.where(name))
         if values:
-            check_values(name, tensors, source.where(name))
+            check_values(name, tensors, source.where(name), thorough=True)
         parts[name] = count(tensors, type(model).__name__)
     notes = list(source.notes)
     if not source.tokenizers:
@@ -117,7 +117,10 @@ def of_model(source: ck.Checkpoint, values: bool) -> Report:
 def of_other(file: files.WeightFile, kind: detect.Kind, values: bool) -> Report:
     if values:
         check_values(
-            kind.name, {name: tensor for name, tensor in file.tensors.items() if tensor.is_floating_point()}, file.path
+            kind.name,
+            {name: tensor for name, tensor in file.tensors.items() if tensor.is_floating_point()},
+            file.path,
+            thorough=True,
         )
     return Report(
         path=str(file.path),
