@@ -204,6 +204,11 @@ def test_refusals(tmp_path):
         loop.run(Line(), line_options(tmp_path / "run", resume=True))
 
 
+def test_older_checkpoints_are_retired(tmp_path):
+    loop.run(Line(), line_options(tmp_path / "run", keep=2))
+    assert sorted(c.name for c in (tmp_path / "run/checkpoints").iterdir()) == ["step-00000035", "step-00000040"]
+
+
 def test_a_run_can_be_extended_before_its_cooldown(tmp_path):
     """The learning rate does not know the end before the cooldown: stopped at 20 of 40 and extended equals 60 from the start."""
 
