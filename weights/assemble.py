@@ -90,15 +90,13 @@ def hint(name: str, tensor: Tensor) -> str:
     return "; it is of another family or size than its config says"
 
 
-LOOK = (
-    2**18
-)  # numbers of each tensor that loading looks at: a megabyte, so that a mapped file need not be read to be loaded
+LOOK = 2**14  # numbers of each tensor that loading looks at: a mapped file need not be read to be loaded
 
 
 def check_values(part: str, tensors: Tensors, where: Path, thorough: bool = False) -> None:
-    """The weights are finite: all of them with `thorough` (`sdcore inspect`), else the first megabyte of each tensor.
+    """The weights are finite: all of them with `thorough` (`sdcore inspect`), else the first 16,384 of each tensor.
 
-    Training that broke leaves NaN everywhere in a tensor; a single bad number behind the first megabyte shows when it is used,
+    Training that broke leaves NaN everywhere in a tensor; a single bad number further back shows when it is used,
     since the pipeline stops at the stage where NaN appears and names `sdcore inspect`. A sum is NaN when any term is.
     """
     for name, tensor in tensors.items():
