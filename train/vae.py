@@ -28,6 +28,8 @@ from .options import option, parse
 
 CONFIG = VAEConfig(channels=(32, 32, 64, 64), layers=1, sample_size=world.SIDE, norm_groups=8)
 
+MEASURED = 512  # pictures from which the latents' mean and deviation are measured at the end
+
 
 @dataclass(frozen=True)
 class VAEOptions(LoopOptions):
@@ -95,7 +97,7 @@ class TrainVAE(Task):
 
     def export(self, out: Path) -> None:
         """Write vae/ in the diffusers layout; its latents have mean 0 and the scaling factor gives them unit variance."""
-        x = torch.from_numpy(world.vae_pictures(np.random.default_rng(10**9 + 1), 512))
+        x = torch.from_numpy(world.vae_pictures(np.random.default_rng(10**9 + 1), MEASURED))
         mean = torch.cat([self.vae.encode(part).mean for part in x.split(16)])
         if not self.options.decoder_only:  # a frozen encoder stays as it is, to the bit
             standardise(self.vae, mean.mean(dim=(0, 2, 3)), mean.std(dim=(0, 2, 3)))
