@@ -264,9 +264,15 @@ def mirrored(scene: Scene) -> Scene:
     return replace(scene, things=scene.things[::-1], relation=relation)
 
 
-def pick(chance: float, options: Sequence[str] | dict) -> str:
+def pick(chance: float, options: Any) -> Any:
     """The option at `chance` (0 <= chance < 1). One vector of random numbers a scene is far cheaper than many calls."""
     return list(options)[int(chance * len(options))]
+
+
+# Where the middles of things lie: on the lattice of the latents, one value for 8 pixels. So a shape has the same latents
+# wherever it stands, and a UNet this small has one pattern a shape to learn instead of one for every shift in between.
+MIDDLES = (24, 32, 40)
+PLACES = ((16, 40), (16, 48), (24, 48))  # of two things in line
 
 
 def sample_scene(rng: np.random.Generator, count: int | None = None) -> Scene:
@@ -276,31 +282,29 @@ def sample_scene(rng: np.random.Generator, count: int | None = None) -> Scene:
         count = 1 + int(luck[0] * 2)
     things = []
     for i in range(count):
-        a, b, c, d, e = luck[1 + 5 * i : 6 + 5 * i]
+        a, b, c, d = luck[1 + 4 * i : 5 + 4 * i]
         size = pick(c, SIZES)
         texture = pick(d, ("plain", "plain", "striped", "dotted"))
-        things.append(Thing(pick(a, SHAPES), pick(b, COLOURS), size, texture, r=float(SIZES[size] * (0.96 + 0.08 * e))))
-    background = pick(luck[11], BACKGROUNDS)
+        things.append(Thing(pick(a, SHAPES), pick(b, COLOURS), size, texture, r=SIZES[size]))
+    background = pick(luck[9], BACKGROUNDS)
     if count == 1:
-        room = SIDE / 2 - things[0].r - 6  # a thing alone strays from the middle, not to the edge
-        spot = SIDE / 2 + np.clip(room, 0, 14) * (2 * luck[12:14] - 1)
-        return Scene((replace(things[0], x=float(spot[0]), y=float(spot[1])),), None, background)
+        thing = replace(things[0], x=float(pick(luck[10], MIDDLES)), y=float(pick(luck[11], MIDDLES)))
+        return Scene((thing,), None, background)
     first, second = things
     if (first.colour, first.shape) == (second.colour, second.shape):  # nothing could tell them apart
         return sample_scene(rng, count)
-    relation = pick(luck[12], RELATIONS)
-    # Along the axis of the relation the free pixels are shared out between the margins and the gap; across it both stay
-    # near the middle. So things never touch, and which relation holds is never in doubt.
-    axis = 0 if RELATIONS[relation][0] else 1
-    order = [first, second] if RELATIONS[relation][axis] < 0 else [second, first]
-    share = luck[13:16] + 0.2
-    free = (SIDE - 2 * first.r - 2 * second.r - 10) * share / share.sum()
-    along = (2.5 + free[0] + order[0].r, SIDE - 2.5 - free[2] - order[1].r)
-    across = SIDE / 2 + 5 * (2 * luck[16:18] - 1)
-    placed = {}
-    for thing, a, b in zip(order, along, across, strict=True):
-        placed[id(thing)] = replace(thing, x=float(b if axis else a), y=float(a if axis else b))
-    return Scene((placed[id(first)], placed[id(second)]), relation, background)
+    # Two things stand in line along the axis of their relation, so which relation holds is never in doubt.
+    relation = pick(luck[10], RELATIONS)
+    along = 0 if RELATIONS[relation][0] else 1
+    places = pick(luck[11], [(a, b) for a, b in PLACES if b - a > first.r + second.r + 5])
+    if RELATIONS[relation][along] > 0:
+        places = places[::-1]
+    across = pick(luck[12], MIDDLES)
+    first, second = (
+        replace(thing, x=float(across if along else place), y=float(place if along else across))
+        for thing, place in zip(things, places, strict=True)
+    )
+    return Scene((first, second), relation, background)
 
 
 def training_scene(rng: np.random.Generator, count: int | None = None) -> Scene:
@@ -311,8 +315,14 @@ def training_scene(rng: np.random.Generator, count: int | None = None) -> Scene:
 
 
 def vae_scene(rng: np.random.Generator) -> Scene:
-    """A training scene, or (15 %) one with the reserved subject, style or look in it: for the autoencoder only."""
-    scene, luck = training_scene(rng), rng.random(2)
+    """For the autoencoder only: a training scene, or (15 %) one with the reserved subject, style or look in it.
+
+    One in three is moved off the lattice and drawn a little larger or smaller, so that pictures from elsewhere survive as well.
+    """
+    scene, luck = training_scene(rng), rng.random(6)
+    if luck[2] < 1 / 3:
+        dx, dy, scale = 3 * (2 * luck[3] - 1), 3 * (2 * luck[4] - 1), 0.96 + 0.06 * luck[5]
+        scene = replace(scene, things=tuple(replace(t, x=t.x + dx, y=t.y + dy, r=t.r * scale) for t in scene.things))
     if luck[0] >= 0.15:
         return scene
     return reserve(

@@ -1,0 +1,55 @@
+"""What every kernel file shares: where a kernel can run, fresh outputs, and the description of a build.
+
+A kernel file holds, in this order: the Triton kernels, a launcher with the exact signature of its reference in `sdcore.ops`
+(registered with `torch.library`, so that it traces), the predicate `accepts`, and `builds()`, which lists every configuration
+it may launch, for the ahead-of-time report.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.runtime.interpreter import InterpretedFunction
+
+INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1 was set when Triton was imported: kernels run on the CPU, slowly
+poison = False  # set by tests: outputs start as NaN, so that what a kernel forgets to write shows
+
+
+def can_run(*tensors: Tensor) -> bool:
+    """True where Triton can be launched on all of these: on CUDA, or anywhere under the interpreter. None of them on `meta`."""
+    kinds = {"cpu", "cuda"} if INTERPRETED else {"cuda"}
+    return all(tensor.device.type in kinds for tensor in tensors)
+
+
+def empty(shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """A fresh contiguous output on the device of `like`; full of NaN while `poison` is set."""
+    out = torch.empty(tuple(shape), dtype=dtype or like.dtype, device=like.device)
+    return out.fill_(torch.nan) if poison else out
+
+
+def empty_like(x: Tensor) -> Tensor:
+    """A fresh output with the layout of `x` (channels-last stays so); full of NaN while `poison` is set."""
+    out = torch.empty_like(x)
+    return out.fill_(torch.nan) if poison else out
+
+
+@dataclass(frozen=True)
+class Build:
+    """One configuration of one kernel, complete enough to compile it without a GPU."""
+
+    name: str  # such as "geglu forward bf16 2560"
+    kernel: Any  # the @triton.jit function
+    signature: dict[str, str]  # argument -> "*bf16", "i32", "fp32", "constexpr"
+    constants: dict[str, Any]  # the constexpr arguments
+    warps: int = 4
+    stages: int = 3
+    attributes: dict[str, int] = field(default_factory=dict)  # argument -> divisor known of it, such as 16
+    expects: tuple[str, ...] = ()  # instructions that must appear on sm_90, such as "wgmma"
+
+
+def is_interpreted(kernel: Any) -> bool:
+    """True where this kernel was made for the interpreter, and so cannot be compiled."""
+    return isinstance(kernel, InterpretedFunction)
