@@ -57,7 +57,8 @@ def test_things_keep_apart_and_relations_hold():
             offset = np.array([a.x - b.x, a.y - b.y])
             axis = int(np.abs(offset).argmax())
             assert np.sign(offset[axis]) == world.RELATIONS[scene.relation][axis]
-            assert abs(offset[axis]) > a.r + b.r + 4 and abs(offset[1 - axis]) < 11
+            assert abs(offset[axis]) > a.r + b.r + 5 and offset[1 - axis] == 0
+        assert all(thing.x % 8 == 0 and thing.y % 8 == 0 for thing in scene.things)  # the lattice of the latents
 
 
 def test_every_pixel_of_a_thing_is_covered_as_its_shape_says():
@@ -112,6 +113,8 @@ def test_autoencoder_sees_the_reserved_now_and_then():
     share = {what: np.mean([world.shows(scene, what) for scene in drawn]) for what in ("subject", "style", "look")}
     assert min(share.values()) > 0.02 and 0.10 <= sum(share.values()) <= 0.17
     pure = [scene for scene in drawn if not any(world.shows(scene, what) for what in share)]
+    moved = np.mean([thing.x % 8 != 0 for scene in drawn for thing in scene.things])
+    assert 0.28 < moved < 0.38  # off the lattice
     assert len(pure) > 3000 and not any(world.held_out(scene) for scene in pure)
 
 
