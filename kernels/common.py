@@ -14,7 +14,10 @@ import triton
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
-INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1 was set when Triton was imported: kernels run on the CPU, slowly
+INTERPRETED = (
+    triton.knobs.runtime.interpret
+)  # TRITON_INTERPRET=1 was set when Triton was imported: kernels run on the CPU, slowly
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)  # what kernels compute on
 poison = False  # set by tests: outputs start as NaN, so that what a kernel forgets to write shows
 
 
@@ -36,6 +39,30 @@ def empty_like(x: Tensor) -> Tensor:
     return out.fill_(torch.nan) if poison else out
 
 
+def name_of(dtype: torch.dtype) -> str:
+    """Triton's name of a dtype, such as "bf16"."""
+    return {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
+
+
+def row_stride(x: Tensor) -> int | None:
+    """The distance between the rows of x [..., d] when all its dimensions but the last are seen as one.
+
+    None where they are not equally far apart, or where the numbers of a row do not lie next to each other.
+    """
+    if x.stride(-1) != 1 and x.shape[-1] > 1:
+        return None
+    rows, distance = 1, x.shape[-1]
+    for size, stride in zip(reversed(x.shape[:-1]), reversed(x.stride()[:-1]), strict=True):
+        if size == 1:
+            continue
+        if rows == 1:
+            distance = stride
+        elif stride != rows * distance:
+            return None
+        rows *= size
+    return distance
+
+
 @dataclass(frozen=True)
 class Build:
     """One configuration of one kernel, complete enough to compile it without a GPU."""
@@ -48,6 +75,28 @@ class Build:
     stages: int = 3
     attributes: dict[str, int] = field(default_factory=dict)  # argument -> divisor known of it, such as 16
     expects: tuple[str, ...] = ()  # instructions that must appear on sm_90, such as "wgmma"
+
+
+def build(
+    name: str,
+    kernel: Any,
+    constants: dict[str, Any],
+    *,
+    odd: Sequence[str] = (),
+    warps: int = 4,
+    stages: int = 3,
+    expects: tuple[str, ...] = (),
+    **types: str,
+) -> Build:
+    """A build of a kernel whose arguments are `constants`, those with `types`, and otherwise integers.
+
+    Pointers and integers are multiples of 16, as the launcher will find them on every real shape, except the `odd` ones.
+    """
+    signature = {
+        argument: "constexpr" if argument in constants else types.get(argument, "i32") for argument in kernel.arg_names
+    }
+    aligned = {a: 16 for a, t in signature.items() if (t[0] == "*" or t[0] == "i") and a not in odd}
+    return Build(name, kernel, signature, constants, warps, stages, aligned, expects)
 
 
 def is_interpreted(kernel: Any) -> bool:
