@@ -279,7 +279,8 @@ class Orthogonal(Change):
 
     OFT (`boft` False, blocks [m, s, s]): outputs in m runs of s, each turned by the transpose of its block.
     BOFT (`boft` True, blocks [stages, m, s, s]): stage i turns, by its blocks, outputs that lie 2^i · s/2 apart (a butterfly).
-    `constraint` bounds the norm of all Q together: an OFT file's alpha times o, 0 is none. Strength s takes each factor to
+    `constraint` bounds the norm of all Q together: an OFT file's alpha times o, 0 is none. Without `cayley` (early files) the
+    blocks are the turns R themselves. Strength s takes each factor to
     I + s (factor - I), also each number of `rescale`: linear for OFT without `rescale`, not for the others.
     Source: Qiu et al. 2023, equation 3; Liu et al. 2023, section 4; the layout is LyCORIS'.
     """
@@ -288,6 +289,7 @@ class Orthogonal(Change):
     rescale: Tensor | None = None  # o numbers
     constraint: float = 0.0
     boft: bool = False
+    cayley: bool = True
 
     def delta(self, weight: Tensor, strength: float = 1.0) -> Tensor:
         blocks, w = _wide(self.blocks, weight), _wide(weight, weight)
@@ -295,7 +297,8 @@ class Orthogonal(Change):
         q = blocks - blocks.mT
         if self.constraint > 0:
             q = q * (self.constraint / (q.norm() + 1e-8)).clamp(max=1)
-        turns = eye + strength * ((eye + q) @ torch.linalg.inv(eye - q) - eye)
+        turns = (eye + q) @ torch.linalg.inv(eye - q) if self.cayley else blocks
+        turns = eye + strength * (turns - eye)
         turned = w.flatten(1)
         if self.boft:
             for i, stage in enumerate(turns):
