@@ -133,15 +133,25 @@ class Encoder(nn.Module):
 
 
 class TextEmbeddings(nn.Module):
-    """A vector for every token plus a vector for every place."""
+    """A vector for every token plus a vector for every place.
+
+    Token numbers beyond the table stand for the rows of `extra` [n, d]: vectors that were learned for words of somebody's own
+    (sdcore/embeddings.py). They stay beside the table, which is never touched.
+    """
 
     def __init__(self, config: CLIPTextConfig):
         super().__init__()
         self.token_embedding = nn.Embedding(config.vocab, config.width)
         self.position_embedding = nn.Embedding(config.positions, config.width)
 
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.token_embedding(ids) + self.position_embedding.weight[: ids.shape[1]]
+    def forward(self, ids: Tensor, extra: Tensor | None = None) -> Tensor:
+        if extra is None:
+            tokens = self.token_embedding(ids)
+        else:
+            size = self.token_embedding.num_embeddings
+            known = self.token_embedding(ids.clamp(max=size - 1))
+            tokens = torch.where((ids < size)[..., None], known, extra.to(known)[(ids - size).clamp(min=0)])
+        return tokens + self.position_embedding.weight[: ids.shape[1]]
 
 
 class TextTower(nn.Module):
@@ -172,14 +182,15 @@ class CLIPText(nn.Module):
         if config.projection:
             self.text_projection = nn.Linear(config.width, config.projection, bias=False)
 
-    def forward(self, ids: Tensor) -> TextOutput:
+    def forward(self, ids: Tensor, extra: Tensor | None = None) -> TextOutput:
         """Token numbers [b, s] (int64, s <= positions, each row holding an end token) -> TextOutput.
 
+        Number vocab + i is row i of `extra` [n, d], vectors from outside. See `TextEmbeddings`.
         The end token is found by its number. (transformers takes the largest number instead where a released config says
         `eos_token_id: 2`; the two agree until a token is added behind the end token.)
         """
         tower = self.text_model
-        states = tower.encoder(tower.embeddings(ids))
+        states = tower.encoder(tower.embeddings(ids, extra))
         last = tower.final_layer_norm(states[-1])
         end = (ids == self.config.eos_id).int().argmax(dim=1)  # the first one: padding may be the same token
         pooled = last[torch.arange(len(ids), device=ids.device), end]
