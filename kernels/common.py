@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
@@ -19,6 +20,20 @@ INTERPRETED = (
 )  # TRITON_INTERPRET=1 was set when Triton was imported: kernels run on the CPU, slowly
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)  # what kernels compute on
 poison = False  # set by tests: outputs start as NaN, so that what a kernel forgets to write shows
+
+
+_WIDEN = tl.constexpr(INTERPRETED)
+
+
+@triton.jit
+def dot(a, b, acc):
+    """acc + a @ b, summed in fp32 and without rounding fp32 inputs to tf32.
+
+    The interpreter would multiply the bits of bf16 numbers, not their values: there both are widened first, which changes nothing.
+    """
+    if _WIDEN:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision="ieee")
 
 
 def can_run(*tensors: Tensor) -> bool:
