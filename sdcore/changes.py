@@ -29,6 +29,16 @@ from sdcore.errors import AdapterError
 class Change:
     """What all kinds have in common."""
 
+    @property
+    def on_weight(self) -> bool:
+        """Whether it changes the weight."""
+        return True
+
+    @property
+    def on_bias(self) -> bool:
+        """Whether it changes the bias."""
+        return False
+
     def delta(self, weight: Tensor, strength: float = 1.0) -> Tensor | None:
         """What to add to `weight`, in its shape, in fp32 (fp64 for an fp64 weight); None where the weight stays as it is."""
         raise NotImplementedError
@@ -56,6 +66,8 @@ class Change:
         """
         self._check_shapes(weight.shape, None if bias is None else bias.shape)
         for name, tensor in self.tensors():
+            if not tensor.numel():
+                raise AdapterError(f"{name} is empty: {list(tensor.shape)}")
             if tensor.device.type != "meta" and not all(torch.isfinite(edge) for edge in torch.aminmax(tensor)):
                 raise AdapterError(f"{name} holds NaN or infinity")
 
@@ -177,6 +189,14 @@ class Full(Change):
     diff: Tensor | None = None  # shape of the weight
     bias: Tensor | None = None  # [o]
 
+    @property
+    def on_weight(self) -> bool:
+        return self.diff is not None
+
+    @property
+    def on_bias(self) -> bool:
+        return self.bias is not None
+
     def delta(self, weight: Tensor, strength: float = 1.0) -> Tensor | None:
         return None if self.diff is None else strength * _wide(self.diff, weight).reshape(weight.shape)
 
@@ -196,6 +216,14 @@ class Replace(Change):
 
     weight: Tensor | None = None
     bias: Tensor | None = None
+
+    @property
+    def on_weight(self) -> bool:
+        return self.weight is not None
+
+    @property
+    def on_bias(self) -> bool:
+        return self.bias is not None
 
     def delta(self, weight: Tensor, strength: float = 1.0) -> Tensor | None:
         return (
@@ -217,14 +245,18 @@ class Replace(Change):
 class IA3(Change):
     """A factor for every input or output channel: ΔW = W · vector, along n (`on_input`) or o.
 
-    The vector is the distance from 1, as LyCORIS writes it (PEFT writes 1 + vector). `on_bias` (PEFT, on outputs): Δb = b ·
+    The vector is the distance from 1, as LyCORIS writes it (PEFT writes 1 + vector). With `bias` (PEFT, on outputs): Δb = b ·
     vector.
     Source: Liu et al. 2022, section 3.3.
     """
 
     vector: Tensor  # n or o numbers
     on_input: bool
-    on_bias: bool = False
+    bias: bool = False
+
+    @property
+    def on_bias(self) -> bool:
+        return self.bias
 
     def delta(self, weight: Tensor, strength: float = 1.0) -> Tensor:
         vector, kernel = _wide(self.vector, weight).flatten(), [1] * (weight.ndim - 2)
@@ -233,7 +265,7 @@ class IA3(Change):
         )
 
     def bias_delta(self, bias: Tensor | None, strength: float = 1.0) -> Tensor | None:
-        if not self.on_bias or bias is None:
+        if not self.bias or bias is None:
             return None
         return strength * _wide(bias, bias) * _wide(self.vector, bias).flatten()
 
@@ -242,7 +274,7 @@ class IA3(Change):
         if len(weight) < 2 or self.vector.numel() != weight[axis]:
             which = "inputs" if self.on_input else "outputs"
             raise AdapterError(f"a factor for each of {self.vector.numel()} {which} does not fit {list(weight)}")
-        if self.on_bias and self.on_input:
+        if self.bias and self.on_input:
             raise AdapterError("factors for the inputs cannot be those of the bias")
 
 
@@ -339,6 +371,10 @@ class DoRA(Change):
     magnitude: Tensor
     rule: Literal["comfy", "peft"] = "comfy"
 
+    @property
+    def on_bias(self) -> bool:
+        return self.change.on_bias
+
     def delta(self, weight: Tensor, strength: float = 1.0) -> Tensor:
         w, magnitude = _wide(weight, weight), _wide(self.magnitude, weight)
         if self.rule == "peft":
@@ -369,6 +405,14 @@ class Sum(Change):
     """Several changes of one weight in one file, such as a LoRA with a difference of the bias: their deltas are added."""
 
     changes: tuple[Change, ...]
+
+    @property
+    def on_weight(self) -> bool:
+        return any(change.on_weight for change in self.changes)
+
+    @property
+    def on_bias(self) -> bool:
+        return any(change.on_bias for change in self.changes)
 
     def delta(self, weight: Tensor, strength: float = 1.0) -> Tensor | None:
         return _total(change.delta(weight, strength) for change in self.changes)
