@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from scipy import stats
-from sdcore.train import loop, text2image, vae, vocabulary, world
+from sdcore.train import checker, loop, text2image, vae, vocabulary, world
 
 from sdcore.errors import NonFiniteError, TrainingError
 from sdcore.tokenizer import Tokenizer
@@ -412,7 +412,7 @@ def test_every_epoch_sees_every_picture_once_with_its_own_caption(tmp_path, smal
                     "".join(tokens[i] for i in row[1 : row.index(task.tokenizer.eos_id)]).replace("</w>", " ").strip()
                 )
                 demand = world.parse(words)
-                assert all(world.matches(scene, demand).values()), (words, scene)
+                assert all(checker.matches(scene, demand).values()), (words, scene)
 
     with pytest.raises(TrainingError, match="another autoencoder"):
         text2image.TextToImage(text_options(tmp_path / "text", seed=4))

@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 from scipy.ndimage import gaussian_filter
-from sdcore.train import world
+from sdcore.train import checker, world
 
 N = 150  # pictures for each figure: 10 ms each
 
@@ -23,12 +23,12 @@ def degraded(pictures: np.ndarray, seed: int) -> np.ndarray:
 
 def right(pictures: np.ndarray, wanted: list[world.Scene]) -> float:
     """The share of pictures in which everything that is wanted is read."""
-    verdicts = [world.matches(world.read(x), demand) for x, demand in zip(pictures, wanted, strict=True)]
+    verdicts = [checker.matches(checker.read(x), demand) for x, demand in zip(pictures, wanted, strict=True)]
     return float(np.mean([all(verdict.values()) for verdict in verdicts]))
 
 
 def alike(text: str, scene: world.Scene) -> bool:
-    return all(world.matches(scene, world.parse(text)).values())
+    return all(checker.matches(scene, world.parse(text)).values())
 
 
 def test_same_seed_same_bits():
@@ -110,9 +110,9 @@ def test_held_out_prompts_name_what_was_held_out():
 def test_autoencoder_sees_the_reserved_now_and_then():
     rng = np.random.default_rng(9)
     drawn = [world.vae_scene(rng) for _ in range(4000)]
-    share = {what: np.mean([world.shows(scene, what) for scene in drawn]) for what in ("subject", "style", "look")}
+    share = {what: np.mean([checker.shows(scene, what) for scene in drawn]) for what in ("subject", "style", "look")}
     assert min(share.values()) > 0.02 and 0.10 <= sum(share.values()) <= 0.17
-    pure = [scene for scene in drawn if not any(world.shows(scene, what) for what in share)]
+    pure = [scene for scene in drawn if not any(checker.shows(scene, what) for what in share)]
     moved = np.mean([thing.x % 8 != 0 for scene in drawn for thing in scene.things])
     assert 0.28 < moved < 0.38  # off the lattice
     assert len(pure) > 3000 and not any(world.held_out(scene) for scene in pure)
@@ -134,17 +134,17 @@ def test_canonical_caption_names_everything():
     for scene in scenes(500, 12):
         said = world.parse(world.caption(scene))
         assert alike(world.caption(scene), scene)
-        assert None not in [getattr(t, a) for t in said.things for a in world.ATTRIBUTES] and said.background
+        assert None not in [getattr(t, a) for t in said.things for a in checker.ATTRIBUTES] and said.background
         assert (said.relation is None) == (len(scene.things) == 1)
 
 
 def test_matches_judges_only_what_is_named():
     scene = world.parse("a small red plain star left of a large blue plain cross on a grey background")
-    judged = world.matches(scene, world.parse("a blue cross right of a large star"))
+    judged = checker.matches(scene, world.parse("a blue cross right of a large star"))
     assert judged == {"count": True, "shape": True, "colour": True, "size": False, "relation": True}
-    assert not all(world.matches(scene, world.parse("a blue star left of a red cross")).values())
-    assert not world.matches(scene, world.parse("a red star"))["count"]
-    assert not world.matches(world.Scene(()), world.parse("a red star"))["colour"]
+    assert not all(checker.matches(scene, world.parse("a blue star left of a red cross")).values())
+    assert not checker.matches(scene, world.parse("a red star"))["count"]
+    assert not checker.matches(world.Scene(()), world.parse("a red star"))["colour"]
 
 
 def test_checker_reads_truth():
@@ -168,10 +168,10 @@ def test_checker_says_no_to_shuffled_captions():
     """Chance: what a picture of another prompt scores. Here for prompts that name colour and shape alone."""
     wanted = scenes(4 * N, 15, count=1)
     demands = [world.Scene((world.Thing(s.things[0].shape, s.things[0].colour),)) for s in wanted]
-    readings = [world.read(x) for x in world.draw_batch(wanted[:N])]
-    chance = np.mean([all(world.matches(r, d).values()) for i, r in enumerate(readings) for d in demands[i + 1 :: 7]])
+    readings = [checker.read(x) for x in world.draw_batch(wanted[:N])]
+    chance = np.mean([all(checker.matches(r, d).values()) for i, r in enumerate(readings) for d in demands[i + 1 :: 7]])
     expected = 1 / (len(world.COLOURS) * len(world.SHAPES))
-    full = np.mean([all(world.matches(r, d).values()) for i, r in enumerate(readings) for d in wanted[i + 1 :: 7]])
+    full = np.mean([all(checker.matches(r, d).values()) for i, r in enumerate(readings) for d in wanted[i + 1 :: 7]])
     print(f"shuffled captions: colour and shape {chance:.1%} (1/42 = {expected:.1%}), everything {full:.2%}")
     assert abs(chance - expected) < 0.01 and full < 0.005
 
@@ -181,9 +181,9 @@ def test_checker_knows_the_reserved(what):
     plain = scenes(N // 2, 16)
     asked = [world.reserve(scene, what) for scene in plain]
     x = world.draw_batch(asked)
-    assert np.mean([world.shows(world.read(picture), what) for picture in x]) >= 0.99
-    assert np.mean([world.shows(world.read(picture), what) for picture in degraded(x, 1)]) >= 0.93
-    assert not any(world.shows(world.read(picture), what) for picture in world.draw_batch(plain))
+    assert np.mean([checker.shows(checker.read(picture), what) for picture in x]) >= 0.99
+    assert np.mean([checker.shows(checker.read(picture), what) for picture in degraded(x, 1)]) >= 0.93
+    assert not any(checker.shows(checker.read(picture), what) for picture in world.draw_batch(plain))
     assert right(x, asked) >= 0.98  # the rest of the picture is read as well as ever
 
 
@@ -195,5 +195,5 @@ def test_checker_survives_anything():
         rng.normal(size=(3, 64, 64)),
         np.where(rng.random((1, 64, 64)) < 0.5, np.ones((3, 1, 1)), -1),
     ):
-        reading = world.read(picture)
-        assert not all(world.matches(reading, world.parse("a red circle")).values())
+        reading = checker.read(picture)
+        assert not all(checker.matches(reading, world.parse("a red circle")).values())

@@ -22,7 +22,7 @@ from torch import Tensor
 from sdcore.pipeline import Pipeline
 from sdcore.vae import VAE
 
-from . import world
+from . import checker, world
 from .loop import sha256, write_durably
 from .options import option, parse
 
@@ -50,14 +50,14 @@ class JudgeOptions:
 
 def rates(readings: Sequence[world.Scene], wanted: Sequence[world.Scene]) -> dict[str, float]:
     """Shares of right pictures: of one object (colour and shape), of two (everything that was said), and by attribute."""
-    verdicts = [world.matches(reading, demand) for reading, demand in zip(readings, wanted, strict=True)]
+    verdicts = [checker.matches(reading, demand) for reading, demand in zip(readings, wanted, strict=True)]
     kinds: dict[str, list[bool]] = {"one_object": [], "two_objects": []}
     for verdict, demand in zip(verdicts, wanted, strict=True):
         if len(demand.things) == 1:
             kinds["one_object"].append(all(verdict.get(key, True) for key in ("count", "colour", "shape")))
         else:
             kinds["two_objects"].append(all(verdict.values()))
-    for key in ("count", *world.ATTRIBUTES, "relation", "background"):
+    for key in ("count", *checker.ATTRIBUTES, "relation", "background"):
         kinds[key] = [verdict[key] for verdict in verdicts if key in verdict]
     return {key: round(float(np.mean(found)), 4) for key, found in kinds.items() if found}
 
@@ -86,7 +86,7 @@ def prompts(
     pixels = drawn(pipe, texts, seed, steps=steps, guidance=guidance, sampler=sampler).numpy()
     if sheet is not None:
         Image.fromarray(world.sheet(pixels[:64], scale=2)).save(sheet)
-    readings = [world.read(picture) for picture in pixels]
+    readings = [checker.read(picture) for picture in pixels]
     found = rates(readings, wanted)
     # Prompts of one and two things alternate, so an even shift asks each picture for another prompt of its own kind.
     others = [rates(readings[shift:] + readings[:shift], wanted) for shift in (2, 4, 6, 8) if shift < n]
@@ -101,12 +101,12 @@ def autoencoder(vae: VAE, n: int) -> dict[str, float]:
     x = torch.from_numpy(world.draw_batch(scenes))
     y = torch.cat([vae.decode(vae.encode(part).mean) for part in x.split(16)]).clamp(-1, 1)
     psnr = 10 * torch.log10(4 / ((x - y) ** 2).flatten(1).mean(dim=1))
-    verdicts = [world.matches(world.read(picture), scene) for picture, scene in zip(y.numpy(), scenes, strict=True)]
+    verdicts = [checker.matches(checker.read(picture), scene) for picture, scene in zip(y.numpy(), scenes, strict=True)]
     found = {
         "psnr": round(psnr.mean().item(), 2),
         "read_right": round(float(np.mean([all(v.values()) for v in verdicts])), 4),
     }
-    for key in ("count", *world.ATTRIBUTES, "relation", "background"):
+    for key in ("count", *checker.ATTRIBUTES, "relation", "background"):
         found[f"read_{key}"] = round(float(np.mean([v[key] for v in verdicts if key in v])), 4)
     return found
 
