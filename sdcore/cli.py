@@ -86,11 +86,13 @@ def parser() -> Parser:
     c.add_argument("--variant", metavar="NAME", help="fp16: that variant of a folder's files")
     c.add_argument("--json", action="store_true", help="one JSON document as the last line on stdout")
 
-    c = command("convert", convert, "Write a model in the other layout: a folder as a single file, or back.")
+    c = command("convert", convert, "Write a model or a LoRA in another layout: a folder as a single file, or back.")
     c.add_argument("model", metavar="IN", help="a file, a folder, or a model's name")
     c.add_argument("target", metavar="OUT", help="what to write: a .safetensors file, or a folder")
     c.add_argument(
-        "--layout", choices=("diffusers", "ldm"), help="of OUT: a folder, or one file (the other one than IN's)"
+        "--layout",
+        choices=("diffusers", "ldm", "kohya", "peft"),
+        help="of OUT: a folder, or one file (the other one than IN's); of a LoRA: kohya or peft",
     )
     c.add_argument("--dtype", metavar="NAME", help="float32, float16 or bfloat16 (as it is)")
     c.add_argument("--ema", action="store_true", help="take the averaged weights of a training file")

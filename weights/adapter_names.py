@@ -5,19 +5,19 @@ A key in a LoRA file, or in one of its kin, is a path and an ending:
     lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q . lora_down.weight
     [---------------- a path: a prefix and a module -------------------]  [-- an ending --]
 
-`SPELLINGS` lists every way in use to write the path, `KINDS` every ending and what its tensors mean. The reader (`adapters.py`), the
-report of `sdcore inspect`, the writer and the page docs/adapters.md (`python -m sdcore.weights.adapter_names` prints it) all go by
-these two tables, so none of them can disagree with another.
+`SPELLINGS` lists every way in use to write the path, `KINDS` every ending and what its tensors mean. The reader
+(`adapters.py`), the report of `sdcore inspect`, the writer and the page docs/adapters.md (`python -m
+sdcore.weights.adapter_names` prints it) all go by these two tables, so none of them can disagree with another.
 
 Paths are never taken apart. An underscore in kohya's spelling was a dot or an underscore, and nothing tells which; so the names
-of all modules of the model are written out in every spelling and a path is looked up among them (`Places`). What is not there is not
-known, and is refused by name.
+of all modules of the model are written out in every spelling and a path is looked up among them (`Places`). What is not there
+is not known, and is refused by name.
 
 Sources: the writers themselves: kohya-ss sd-scripts, LyCORIS, PEFT, diffusers, SimpleTuner, cloneofsimo/lora.
 """
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -106,7 +106,7 @@ class Place(NamedTuple):
     spelling: Spelling
 
 
-def places(modules: dict[str, Iterable[str]], unet) -> dict[str, Place]:
+def places(modules: Mapping[str, Iterable[str]], unet) -> dict[str, Place]:
     """Every path by which a file may name one of `modules` (part -> names), for a UNet of config `unet`.
 
     Where two spellings agree on a path they mean the same module; that no path means two is checked here.
@@ -121,7 +121,7 @@ def places(modules: dict[str, Iterable[str]], unet) -> dict[str, Place]:
     return found
 
 
-def path_of(place: tuple[str, str], layout: str, modules: dict[str, Iterable[str]], unet) -> str:
+def path_of(place: tuple[str, str], layout: str, modules: Mapping[str, Iterable[str]], unet) -> str:
     """How a module is called in files of `layout`, "kohya" or "peft": as their own writers do for that family."""
     part, module = place
     if layout == "peft":
@@ -136,7 +136,7 @@ def path_of(place: tuple[str, str], layout: str, modules: dict[str, Iterable[str
 # ---------------------------------------------------------------- what: the endings
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Kind:
     """One kind of change: the endings of its tensors by role, and what they mean. In an ending `*` is any name without a dot."""
 
@@ -246,24 +246,25 @@ ENDINGS: dict[str, Ending] = {
     **{ending: (kind, role) for kind in KINDS for role, endings in kind.endings.items() for ending in endings},
     **{ending: (None, role) for role, (endings, _) in BESIDE.items() for ending in endings},
 }
+_MEANINGS = list(ENDINGS.values())
 _ENDING = re.compile(
-    "(?P<path>.+?)(?:"
-    + "|".join(f"(?P<e{i}>{re.escape(e).replace(re.escape('*'), '[^.]+')})" for i, e in enumerate(ENDINGS))
-    + ")"
+    "|".join(f"({re.escape(ending).replace(re.escape('*'), '[^.]+')})" for ending in ENDINGS)  # one group each
 )
 
 
 def split(key: str) -> tuple[str, Ending] | None:
     """A key as (path, its ending), the ending being the longest that is known; None where none is."""
-    match = _ENDING.fullmatch(key)
-    return (match["path"], list(ENDINGS.values())[int(match.lastgroup[1:])]) if match and match.lastgroup else None
+    for start in re.finditer(r"\.|_lora\.", key):
+        if match := _ENDING.fullmatch(key, start.start()):
+            return key[: start.start()], _MEANINGS[match.lastindex - 1]  # type: ignore[operator]
+    return None
 
 
 # ---------------------------------------------------------------- cloneofsimo's numbers, and what rides along
 
-# The first LoRA files for Stable Diffusion name no modules: they number the changes in the order in which diffusers 0.11 listed them.
+# The first LoRA files for Stable Diffusion name no modules: they number them in the order in which diffusers 0.11 listed them.
 INDEXED = re.compile(r"(?P<part>unet|text_encoder):(?P<index>\d{1,4}):(?P<role>up|down)")
-BUNDLED = re.compile(r"bundle_emb\.(?P<name>[^.]+)\.(?P<rest>.+)")  # embeddings inside a LoRA file
+EMBED = "<embed>"  # the metadata of a tensor that is a textual-inversion vector
 IN_LAYER = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "ff.net.0.proj",
             "attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0")  # fmt: skip
 IN_TEXT_LAYER = ("self_attn.k_proj", "self_attn.v_proj", "self_attn.q_proj", "self_attn.out_proj")
@@ -325,9 +326,9 @@ A path is never guessed at: the modules of the model are written out in every sp
 A linear layer and a 1 x 1 convolution are the same thing (1.x has convolutions where 2.x and XL have linear layers), so `[r, n]`
 fits `[r, n, 1, 1]` and the other way round.
 """
-PAGE_KINDS = """
-Trainers write kohya's spelling of the UNet with diffusers' names for 1.x and 2.x, and with the original ("sgm") names for XL; some keep
-diffusers' names for XL. Both are read for every family. `lora_te2_text_projection` (OneTrainer) is the second encoder's projection.
+PAGE_KINDS = """ Trainers write kohya's spelling of the UNet with diffusers' names for 1.x and 2.x, and with the original
+("sgm") names for XL; some keep diffusers' names for XL. Both are read for every family. `lora_te2_text_projection` (OneTrainer)
+is the second encoder's projection.
 
 ## Endings
 
@@ -339,16 +340,16 @@ hold an alpha that is already multiplied by √r.
 PAGE_REST = """
 ## DoRA: which of the two a file gets
 
-A file with `dora_scale` gets ComfyUI's formula, for which such files are made; one with `lora_magnitude_vector` gets PEFT's. On outputs
-they differ: ComfyUI divides by the length of the rows of W, PEFT by that of W + ΔW. LyCORIS itself trains with the latter. A file
-that `sdcore convert` wrote says in its metadata (`sdcore.dora_rule`) which it was.
+A file with `dora_scale` gets ComfyUI's formula, for which such files are made; one with `lora_magnitude_vector` gets PEFT's. On
+outputs they differ: ComfyUI divides by the length of the rows of W, PEFT by that of W + ΔW. LyCORIS itself trains with the
+latter. A file that `sdcore convert` wrote says in its metadata (`sdcore.dora_rule`) which it was.
 
 ## cloneofsimo's numbered files
 
-Safetensors with `unet:<i>:up` [o, r] and `unet:<i>:down` [r, n] (and `text_encoder:<i>:…`), or a `.pt` that is one flat list, up, down,
-up, down …; no alpha: ΔW = up @ down. i counts the layers of down_blocks, then up_blocks, and **mid_block last**, and in each
-{IN_LAYER}; in a text layer {IN_TEXT_LAYER}. The metadata's `unet:<i>:rank` is compared; a tensor whose metadata is `<embed>`
-is a textual-inversion vector. Files that also train convolutions ("extended") count other modules and are refused.
+Safetensors with `unet:<i>:up` [o, r] and `unet:<i>:down` [r, n] (and `text_encoder:<i>:…`), or a `.pt` that is one flat list,
+up, down, up, down …; no alpha: ΔW = up @ down. i counts the layers of down_blocks, then up_blocks, and **mid_block last**, and
+in each {IN_LAYER}; in a text layer {IN_TEXT_LAYER}. The metadata's `unet:<i>:rank` is compared; a tensor whose metadata is
+`<embed>` is a textual-inversion vector. Files that also train convolutions ("extended") count other modules and are refused.
 
 ## What rides along
 
@@ -356,11 +357,11 @@ is a textual-inversion vector. Files that also train convolutions ("extended") c
 
 ## What is said, and what is refused
 
-Reading is strict: a key that has no place, a shape that does not fit, ranks that differ, a NaN, a file for another family are an
-`AdapterError` that names the first of them, and nothing is loaded. `strict=False` loads what fits and says aloud what was left out.
-A file for which no model is at hand is compared with 1.x, 2.x, XL and the XL refiner, and belongs to the one whose modules and shapes
-it fits; metadata (`ss_base_model_version`, `ss_v2`, `modelspec.architecture`) only says which is tried first. `sdcore inspect FILE`
-prints the outcome; `sdcore convert IN OUT --layout kohya|peft` writes it anew.
+Reading is strict: a key that has no place, a shape that does not fit, ranks that differ, a NaN, a file for another family are
+an `AdapterError` that names the first of them, and nothing is loaded. `strict=False` loads what fits and says aloud what was
+left out. A file for which no model is at hand is compared with 1.x, 2.x, XL and the XL refiner, and belongs to the one whose
+modules and shapes it fits; metadata (`ss_base_model_version`, `ss_v2`, `modelspec.architecture`) only says which is tried
+first. `sdcore inspect FILE` prints the outcome; `sdcore convert IN OUT --layout kohya|peft` writes it anew.
 """
 
 if __name__ == "__main__":

@@ -15,8 +15,8 @@ import torch
 
 from sdcore.errors import CheckpointError, ConfigError
 
+from . import adapters, detect, files, names
 from . import checkpoint as ck
-from . import detect, files, names
 from .assemble import check_names, skeleton
 
 SINGLE_SUFFIX = ".safetensors"
@@ -34,10 +34,15 @@ def convert(
 ) -> Path:
     """Write the model at `source` to `target` in `layout` ("diffusers" or "ldm"; default: the other one). Returns the target.
 
+    A LoRA or one of its kin is written with layout "kohya" or "peft" (`adapters.write_adapter`; AdapterError).
+
     `dtype` (float16, bfloat16, float32) changes the precision; without it every tensor keeps its bits. A target file is
     replaced only by a complete one; a target folder must not exist or be empty. CheckpointError, ConfigError.
     """
     source, target = Path(source), Path(target)
+    if layout in adapters.LAYOUTS:
+        adapters.convert_adapter(source, target, layout, dtype)
+        return target
     checkpoint = ck.read(source, variant=variant, ema=ema, tokenizer=Path(tokenizer) if tokenizer else None)
     layout = layout or {"diffusers": "ldm", "ldm": "diffusers"}[checkpoint.layout]
     if layout not in ("diffusers", "ldm"):

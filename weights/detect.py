@@ -77,9 +77,10 @@ FAMILIES = {
 # The first pattern that any name matches decides, so what can sit inside other files comes first. The second entry says what
 # the file is, the third what to do with it.
 KINDS = [
-    ("lora", r"lora_(down|up|A|B|unet|te\d?)\b|lora_(unet|te\d?)_|\.lora\.|hada_w1|lokr_w1|dora_scale|oft_blocks",
-     "a LoRA or one of its kin", "load a model and give this file with --lora"),
     ("ip-adapter", r"^ip_adapter\.|^image_proj\.", "an IP-Adapter", "it goes with a model, not in its place"),
+    ("lora", r"lora_(down|up|A|B|unet|te\d?)\b|lora_(unet|te\d?)_|[._]lora\.(down|up)\.|lora_linear_layer|hada_w1|lokr_w[12]"
+     r"|dora_scale|oft_(blocks|diag)|^(lycoris|oft_unet)_|^(unet|text_encoder):\d+:(up|down)$|^\d+$",
+     "a LoRA or one of its kin", "load a model and give this file with --lora"),
     ("controlnet", r"^control_model\.|input_hint_block|controlnet_cond_embedding|^lora_controlnet$|lllite_unet|instantx",
      "a ControlNet", "load a model and give this file with --control"),
     ("t2i-adapter", r"^(adapter\.)?body\.\d+\.(in_conv|block1|resnets)", "a T2I-Adapter",

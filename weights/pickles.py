@@ -61,6 +61,8 @@ def read_ckpt(path: Path, data: Tensor) -> tuple[dict[str, Tensor], dict[str, st
     """Tensors by name, plain values of the top level as text, and the names of what it would have called."""
     archive = Archive(path, data)
     root, inert = walk(path, archive.pickle())
+    if isinstance(root, list) and root and all(isinstance(item, LazyTensor) for item in root):
+        root = {str(i): item for i, item in enumerate(root)}  # cloneofsimo's LoRA: nothing but tensors, in order
     if not isinstance(root, dict):
         raise CheckpointError(f"{path}: holds {describe(root)}, expected a table of tensors")
     chosen = next((root[key] for key in ("state_dict", "model", "params") if isinstance(root.get(key), dict)), None)

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from sdcore.errors import CheckpointError
 
+from . import adapters, detect, files
 from . import checkpoint as ck
-from . import detect, files
 from .assemble import check_names, check_values, skeleton
 
 
@@ -45,6 +45,8 @@ class Report:
     unused: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     metadata: dict[str, str] = field(default_factory=dict)
+    adapter: dict = field(default_factory=dict)  # of a LoRA and its kin: what `LoadReport.table` says
+    lines: list[str] = field(default_factory=list)  # and the same for people
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), ensure_ascii=False)
@@ -64,6 +66,7 @@ class Report:
         if self.unused:
             lines.append(f"  known and unused: {len(self.unused)}: {', '.join(self.unused)}")
         lines += [f"  note: {note}" for note in self.notes]
+        lines += self.lines
         lines += [f"  {files.one_line(key)}: {files.one_line(value)}" for key, value in self.metadata.items()]
         return "\n".join(lines)
 
@@ -84,7 +87,9 @@ def inspect(path: str | Path, *, variant: str | None = None, values: bool = True
         path = inside[0]
     file = files.read(path)
     kind = detect.kind_of(file.tensors)
-    return of_model(ck.read(path), values) if kind.name == "model" else of_other(file, kind, values)
+    if kind.name == "model":
+        return of_model(ck.read(path), values)
+    return of_adapter(file, kind) if kind.name == "lora" else of_other(file, kind, values)
 
 
 def of_model(source: ck.Checkpoint, values: bool) -> Report:
@@ -135,6 +140,24 @@ def of_other(file: files.WeightFile, kind: detect.Kind, values: bool) -> Report:
             for key, value in file.metadata.items()
             if key.startswith(("modelspec.", "ss_base", "ss_network_", "format"))
         },
+    )
+
+
+def of_adapter(file: files.WeightFile, kind: detect.Kind) -> Report:
+    """A LoRA or one of its kin, matched with the family that it is made for (which also looks at every number)."""
+    found = adapters.describe(file)
+    first, *lines = found.lines()
+    return Report(
+        path=str(file.path),
+        kind=kind.name,
+        what=f"{first.removeprefix(f'{file.path}: ')}; {kind.advice}",
+        loads=False,
+        layout=file.format,
+        family=found.family if found.fits else "",
+        parts={"file": count(file.tensors)},
+        notes=[f"pickle global left inert: {name}" for name in file.inert],
+        adapter=found.table(),
+        lines=lines,
     )
 
 
