@@ -24,7 +24,9 @@ def test_the_folder_is_small_and_is_what_its_version_says():
     assert judge.fingerprint(TINY) == {key: version[key] for key in ("hash", "files")}
     weights = {"unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder/model"}
     assert {f"{name}.safetensors" for name in weights} <= set(version["files"])
-    assert (TINY / "README.md").exists()
+    for page in (TINY / "README.md", TINY.parents[1] / "README.md"):  # the figures shown are the figures recorded
+        assert judge.card(version) in page.read_text(), page
+    assert version["hash"][:16] in (TINY / "README.md").read_text()
 
 
 @pytest.mark.parametrize("sampler, peer", [("ddim", "DDIMScheduler"), ("dpmpp_2m", "DPMSolverMultistepScheduler")])

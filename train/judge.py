@@ -9,6 +9,7 @@ the checker reads everything right from the reconstruction; no prompt can do bet
 
 import hashlib
 import json
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -43,7 +44,7 @@ class JudgeOptions:
     threads: int = option(2, "CPU threads")
     sheet: str | None = option(None, "PNG file for a sheet of the first 64 pictures")
     record: str | None = option(
-        None, "a version; write it, the hashes of the weights and the verdict to FOLDER/version.json"
+        None, "a version; write it, the hashes of the weights and the verdict to FOLDER/version.json and its README.md"
     )
     json: bool = option(False, "print one JSON document instead of the table")
 
@@ -132,6 +133,35 @@ def table(verdict: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
+AIMS = {"one_object": 0.90, "two_objects": 0.70}  # shares right of 300 held-out prompts at 25 steps
+ROWS = {  # of the table, and their words
+    "one_object": "one object: colour and shape", "two_objects": "two objects: everything that was said",
+    "count": "number of objects", "shape": "shape", "colour": "colour", "size": "size", "texture": "texture",
+    "relation": "relation", "background": "background",
+}  # fmt: skip
+
+
+def card(version: dict) -> str:
+    """The figures of a version.json as a Markdown table, word for word what the model's card and the README show."""
+    shown, vae = version["prompts"], version["autoencoder"]
+    lines = ["| right | this model | chance | aim |", "|---|---|---|---|"]
+    for key, words in ROWS.items():
+        aim = f"{AIMS[key]:.0%}" if key in AIMS else ""
+        lines.append(f"| {words} | {shown[key]:.1%} | {shown['chance_' + key]:.1%} | {aim} |")
+    lines.append(f"| autoencoder: PSNR | {vae['psnr']:.1f} dB | | 27 dB |")
+    lines.append(f"| autoencoder: everything read right | {vae['read_right']:.1%} | | 97% |")
+    return "\n".join(lines)
+
+
+def write_card(version: dict, page: Path) -> None:
+    """Put the table of `card` in the place of the one that `page` shows. ValueError where it shows none."""
+    text = page.read_text()
+    head, *rest = card(version).splitlines()
+    start = text.index(head)
+    end = start + len(re.match(r"(\|.*\n)+", text[start:])[0])  # type: ignore[index]
+    write_durably(page, (text[:start] + "\n".join([head, *rest]) + "\n" + text[end:]).encode())
+
+
 def main(argv: list[str] | None = None) -> int:
     """`python -m sdcore.train.judge FOLDER`."""
     words = list(sys.argv[1:] if argv is None else argv)
@@ -153,6 +183,8 @@ def main(argv: list[str] | None = None) -> int:
         }
         version = {"version": options.record, **fingerprint(Path(words[0])), "judged": settings, **verdict}
         write_durably(Path(words[0]) / "version.json", (json.dumps(version, indent=1) + "\n").encode())
+        if (page := Path(words[0]) / "README.md").exists():
+            write_card(version, page)
     print(json.dumps(verdict) if options.json else table(verdict))
     return 0
 
