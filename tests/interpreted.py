@@ -13,8 +13,9 @@ CPU, so one process can do one of the two. A file of kernel tests therefore has 
         check(geglu, ops.REFERENCES["geglu"], x)
 
     @compiled                   # compiles a kernel: needs no GPU, but the process without the interpreter
-    def test_builds(...):
-        inspect(build, 90)
+    @each(geglu.builds())
+    def test_builds(build):
+        inspect(build)
 
 A single test of the first kind: `TRITON_INTERPRET=1 python -m pytest tests/test_kernel_x.py -k numbers`.
 """
@@ -29,17 +30,38 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pytest
 import torch
 import triton
+import triton.language as tl
 from sdcore.kernels import common
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 DEVICE = "cpu" if common.INTERPRETED else "cuda"
 RUNS_KERNELS = common.INTERPRETED or torch.cuda.is_available()
 SHARED = {80: 163, 90: 227, 100: 227}  # KiB of shared memory that one block may have, by compute capability
+
+
+def _round_bf16() -> None:
+    """Make the interpreter round to bf16 as the hardware does, to the nearest: by itself it cuts, which doubles every error."""
+    cut = InterpreterBuilder.cast_impl
+
+    def cast(self, value, to):
+        if (value.dtype.scalar, to.scalar) == (tl.float32, tl.bfloat16):
+            rounded = torch.as_tensor(np.asarray(value.data)).to(torch.bfloat16)
+            return TensorHandle(rounded.view(torch.uint16).numpy(), to.scalar)
+        return cut(self, value, to)
+
+    InterpreterBuilder.cast_impl = cast
+
+
+if common.INTERPRETED:
+    _round_bf16()
 
 
 def interpreted(test: Callable) -> Callable:
@@ -142,7 +164,40 @@ def within(ours: Tensor, theirs: Tensor, exact: Tensor, name: str = "output", fa
     return error / bound if bound else 0.0
 
 
+def check_tracing(operation: Any, kernel: Callable, *args: Any, **kwargs: Any) -> None:
+    """Assert that `kernel` is one node of a graph: under `torch.compile(fullgraph=True)`, with its backward, and under
+    `torch.export`. `operation` is the name of the node; what the graphs compute is bit-equal to the kernel run by itself."""
+
+    class Model(torch.nn.Module):
+        def forward(self, *tensors):
+            given = iter(tensors)
+            return kernel(*(next(given) if isinstance(a, Tensor) else a for a in args), **kwargs)
+
+    tensors = tuple(a for a in args if isinstance(a, Tensor))
+    torch._dynamo.reset()
+    graph = torch.compile(Model(), fullgraph=True, backend="aot_eager")
+    plain, traced = (results(f, tensors, {}, seed=1) for f in (Model(), graph))
+    assert plain.keys() == traced.keys()
+    for name in plain:
+        assert torch.equal(plain[name], traced[name]), name
+    exported = torch.export.export(Model(), tuple(leaf(t).detach() for t in tensors))
+    names = [str(node.target) for node in exported.graph.nodes if node.op == "call_function"]
+    assert any(f"sdcore.{operation}." in name for name in names), names
+    outs = exported.module()(*(t.detach() for t in tensors))
+    for i, out in enumerate([outs] if isinstance(outs, Tensor) else outs):
+        assert torch.equal(out, plain[f"output {i}"])
+
+
 # -------------------------------------------------------------------------------------------------- compiling without a GPU
+
+
+def each(builds: list[common.Build]) -> Any:
+    """Parametrises a test with builds: those of bf16 in every run; the others, which differ in nothing but the width of a number,
+    among the long proofs."""
+    return pytest.mark.parametrize(
+        "build",
+        [pytest.param(b, id=b.name, marks=[] if "bf16" in b.name else [pytest.mark.check]) for b in builds],
+    )
 
 
 @dataclass(frozen=True)
@@ -155,9 +210,22 @@ class Compiled:
     ptx: str
 
 
-def inspect(build: common.Build, arch: int) -> Compiled:
-    """Compile a build for sm_80, sm_90 or sm_100; asserts that nothing spills, that shared memory suffices, and, on sm_90, that
-    the instructions which the build expects are there."""
+def inspect(build: common.Build) -> dict[int, Compiled]:
+    """Compile a build for sm_80, sm_90 and sm_100; assert that nothing spills, that shared memory suffices, and, on sm_90, that
+    the instructions which the build expects are there. Returns what came out, by compute capability."""
+    made = {arch: compile_for(build, arch) for arch in SHARED}
+    for arch, result in made.items():
+        assert not result.spills, f"{build.name} on sm_{arch}: {result.spills} bytes spilled"
+        assert result.shared <= SHARED[arch] * 1024, (
+            f"{build.name} on sm_{arch}: {result.shared} bytes of shared memory"
+        )
+    missing = [name for name in build.expects if name not in made[90].ptx]
+    assert not missing, f"{build.name} on sm_90: no {', '.join(missing)} in its ptx"
+    return made
+
+
+def compile_for(build: common.Build, arch: int) -> Compiled:
+    """Compile a build for one compute capability."""
     source = ASTSource(
         fn=build.kernel,
         signature=build.signature,
@@ -178,10 +246,4 @@ def inspect(build: common.Build, arch: int) -> Compiled:
         report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     registers = int(re.search(r"Used (\d+) registers", report).group(1))  # type: ignore[union-attr]
     spills = sum(map(int, re.findall(r"(\d+) bytes spill", report)))
-    result = Compiled(registers, spills, made.metadata.shared, ptx)
-    assert not spills, f"{build.name} on sm_{arch}: {spills} bytes spilled"
-    assert result.shared <= SHARED[arch] * 1024, f"{build.name} on sm_{arch}: {result.shared} bytes of shared memory"
-    if arch == 90:
-        missing = [name for name in build.expects if name not in ptx]
-        assert not missing, f"{build.name} on sm_90: no {', '.join(missing)} in its ptx"
-    return result
+    return Compiled(registers, spills, made.metadata.shared, ptx)
