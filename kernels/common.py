@@ -44,13 +44,16 @@ def can_run(*tensors: Tensor) -> bool:
 
 def empty(shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """A fresh contiguous output on the device of `like`; full of NaN while `poison` is set."""
-    out = torch.empty(tuple(shape), dtype=dtype or like.dtype, device=like.device)
-    return out.fill_(torch.nan) if poison else out
+    return poison_if_asked(torch.empty(tuple(shape), dtype=dtype or like.dtype, device=like.device))
 
 
 def empty_like(x: Tensor) -> Tensor:
     """A fresh output with the layout of `x` (channels-last stays so); full of NaN while `poison` is set."""
-    out = torch.empty_like(x)
+    return poison_if_asked(torch.empty_like(x))
+
+
+def poison_if_asked(out: Tensor) -> Tensor:
+    """Fill a fresh output with NaN while `poison` is set."""
     return out.fill_(torch.nan) if poison else out
 
 
