@@ -1,0 +1,188 @@
+"""What the compiler makes of every kernel, found out without a GPU: `sdcore bench compile`.
+
+Triton compiles for a target by name, so registers, spills, shared memory and the use of tensor cores can be read off a machine
+that has no GPU at all. Every `Build` of every kernel file is compiled for Ampere (sm_80), Hopper (sm_90) and Blackwell (sm_100),
+and its machine code is disassembled with the `cuobjdump` that ships inside the triton package. A build is at fault if
+
+    it spills                  Triton has no arrays in local memory: an LDL or STL instruction is a register that did not fit
+    it does not fit            more shared memory than a block may have
+    it lacks an instruction    such as wgmma on Hopper, where the build says that it expects it; any tensor core elsewhere
+
+What this cannot see is speed: that is measured on a GPU (`make gpu`).
+"""
+
+import json
+import re
+import subprocess
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib import import_module
+from pathlib import Path
+
+import triton
+from sdcore.kernels import FILES
+from sdcore.kernels.common import INTERPRETED, Build
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from sdcore.errors import ConfigError
+
+SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes of shared memory that one block may have, by target
+MATRIX = re.compile(
+    r"\b(HMMA|HGMMA|QGMMA|IGMMA|QMMA|IMMA|DMMA|UTC\w*MMA)\b"
+)  # what tensor cores are told, by generation
+WARP = 32
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One build for one target."""
+
+    file: str  # such as "geglu"
+    name: str
+    arch: int
+    registers: int  # a thread
+    spills: int  # instructions that go to local memory
+    shared: int  # bytes a block
+    matrix: dict[str, int]  # tensor core instruction -> how often it stands in the machine code
+    faults: list[str] = field(default_factory=list)
+
+
+def files() -> list[str]:
+    """Names of the kernel files, each once."""
+    return list(dict.fromkeys(FILES.values()))
+
+
+def builds(names: Iterable[str] | None = None) -> Iterator[tuple[str, Build]]:
+    """(file, build) of all files or the named ones. A file that is PyTorch alone has none."""
+    for name in files() if names is None else names:
+        for build in getattr(import_module(f"sdcore.kernels.{name}"), "builds", list)():
+            yield name, build
+
+
+def inspect(build: Build, arch: int, file: str = "") -> Compiled:
+    """Compile a build for sm_80, sm_90 or sm_100 and say what came out.
+
+    Raises ConfigError in a process that interprets kernels, and what the compiler raises where a build does not compile.
+    """
+    if INTERPRETED:
+        raise ConfigError("TRITON_INTERPRET: set, so kernels are interpreted and cannot be compiled; unset it")
+    places = {name: build.kernel.arg_names.index(name) for name in build.attributes}
+    source = ASTSource(
+        fn=build.kernel,
+        signature=build.signature,
+        constexprs=build.constants,
+        attrs={(places[name],): [["tt.divisibility", divisor]] for name, divisor in build.attributes.items()},
+    )
+    options = {"num_warps": build.warps, "num_stages": build.stages}
+    made = triton.compile(source, target=GPUTarget("cuda", arch, WARP), options=options)
+    registers, spills, matrix = read(made.asm["cubin"])
+    result = Compiled(file, build.name, arch, registers, spills, made.metadata.shared, matrix)
+    return Compiled(**{**asdict(result), "faults": faults(result, build.expects, made.asm["ptx"])})
+
+
+def read(cubin: bytes) -> tuple[int, int, dict[str, int]]:
+    """(registers a thread, instructions to local memory, tensor core instructions) of a compiled kernel."""
+    tool = triton.knobs.nvidia.cuobjdump.path
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
+        f.write(cubin)
+        f.flush()
+        usage, code = (
+            subprocess.run([tool, what, f.name], capture_output=True, text=True, check=True).stdout
+            for what in ("-res-usage", "-sass")
+        )
+    found = re.search(r"REG:(\d+)", usage)
+    assert found and "/*0000*/" in code, f"cuobjdump says something new: {usage[:200]}"
+    local = re.findall(r"\b(?:LDL|STL)\b", code)
+    return int(found[1]), len(local), dict(Counter(MATRIX.findall(code)))
+
+
+def faults(result: Compiled, expects: Sequence[str], ptx: str) -> list[str]:
+    """What is wrong with a compiled build, in words; empty where nothing is."""
+    found = []
+    if result.spills:
+        found.append(f"spills: {result.spills} instructions to local memory")
+    if result.shared > SHARED[result.arch]:
+        found.append(f"{result.shared} bytes of shared memory, a block may have {SHARED[result.arch]}")
+    if result.arch == 90:
+        found += [f"no {name}" for name in expects if name not in ptx]
+    elif expects and not result.matrix:
+        found.append(f"no tensor core instruction, where Hopper has {', '.join(expects)}")
+    return found
+
+
+def compile_all(
+    names: Iterable[str] | None = None, targets: Sequence[int] = tuple(SHARED), seconds: float = float("inf")
+) -> Iterator[Compiled]:
+    """Every build of the files for every target, as they are done; stops early when `seconds` are over."""
+    end = time.monotonic() + seconds
+    for file, build in builds(names):
+        for arch in targets:
+            if time.monotonic() > end:
+                return
+            yield inspect(build, arch, file)
+
+
+def line(result: Compiled) -> str:
+    """A row for people."""
+    matrix = ", ".join(f"{n} {name}" for name, n in result.matrix.items()) or "-"
+    verdict = "; ".join(result.faults) or "ok"
+    return (
+        f"sm_{result.arch:<4} {result.name:64} {result.registers:4} {result.spills:4} {result.shared / 1024:7.1f}  "
+        f"{matrix:20} {verdict}"
+    )
+
+
+HEADER = f"{'target':8}{'build':64} {'reg':>4}{'spill':>5}{'KiB':>8}  {'tensor cores':20} verdict"
+
+
+def report(results: Sequence[Compiled]) -> str:
+    """The results as a page of Markdown: a summary by file and target, then each build on Hopper."""
+    bad = [r for r in results if r.faults]
+    lines = [
+        "# Kernels, compiled ahead of time",
+        "",
+        f"`sdcore bench compile`, triton {triton.__version__}, no GPU: {len(results)} builds, {len(bad)} at fault.",
+        "Spill: instructions that go to local memory. A block may have 163 KiB of shared memory on sm_80, 227 KiB on sm_90 and",
+        "sm_100. Tensor cores: builds whose machine code uses them, and with which instructions.",
+        "",
+        "| file | target | builds | most registers | spills | most shared memory | tensor cores | at fault |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for file, arch in dict.fromkeys((r.file, r.arch) for r in results):
+        these = [r for r in results if (r.file, r.arch) == (file, arch)]
+        kinds = sorted({kind for r in these for kind in r.matrix})
+        tensor = f"{sum(bool(r.matrix) for r in these)} ({', '.join(kinds)})" if kinds else "0"
+        lines.append(
+            f"| {file} | sm_{arch} | {len(these)} | {max(r.registers for r in these)} | {sum(r.spills for r in these)} "
+            f"| {max(r.shared for r in these) / 1024:.1f} KiB | {tensor} | {sum(bool(r.faults) for r in these)} |"
+        )
+    if bad:
+        lines += ["", "## At fault", "", *(f"- sm_{r.arch} {r.name}: {'; '.join(r.faults)}" for r in bad)]
+    lines += [
+        "",
+        "## Every build on sm_90",
+        "",
+        "| build | registers | shared memory | tensor cores |",
+        "|---|---|---|---|",
+    ]
+    for r in results:
+        if r.arch == 90:
+            matrix = ", ".join(f"{n} {name}" for name, n in r.matrix.items()) or "-"
+            lines.append(f"| {r.name} | {r.registers} | {r.shared / 1024:.1f} KiB | {matrix} |")
+    return "\n".join(lines) + "\n"
+
+
+def document(results: Sequence[Compiled]) -> str:
+    """The results as one line of JSON."""
+    return json.dumps({"what": "compile", "triton": triton.__version__, "builds": [asdict(r) for r in results]})
+
+
+def write_report(results: Sequence[Compiled], path: Path) -> None:
+    """Replace a report, whole or not at all."""
+    beside = path.with_name(f".{path.name}")
+    beside.write_text(report(results))
+    beside.replace(path)

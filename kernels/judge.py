@@ -1,0 +1,98 @@
+"""Whether a kernel is right: its largest error against fp64 may be twice that of PyTorch in the same dtype, and no more.
+
+Rounding cannot be avoided, and how much of it there is depends on the dtype, the shape and the depth of the sum. So no tolerance
+is written down anywhere. Exact is the reference run in fp64; the reference run in the dtype of the inputs has some error against
+that; a kernel may have twice as much (or, where the reference has none, one unit in the last place of the largest value).
+Outputs and gradients are held to the same rule. Outputs start as NaN, so that what a kernel forgets to write shows.
+
+Source: the error rule of the FlashAttention tests (Dao et al. 2022), made two-sided by fp64.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from sdcore.kernels import common
+from torch import Tensor
+
+FACTOR = 2.0
+
+
+class Verdict(NamedTuple):
+    """What came of judging: `right`, the worst error as a multiple of the reference's own, and, where wrong, why."""
+
+    right: bool
+    ratio: float
+    why: str
+
+
+def judge(
+    kernel: Callable, reference: Callable, inputs: dict[str, Any], gradients: bool = False, seed: int = 0
+) -> Verdict:
+    """Run kernel and reference on copies of the same inputs, by name, and compare both with the reference in fp64.
+
+    With `gradients`, those of all floating inputs under random output gradients are compared too.
+    """
+    exact = results(reference, inputs, gradients, seed, torch.float64)
+    theirs = results(reference, inputs, gradients, seed)
+    before, common.poison = common.poison, True
+    try:
+        ours = results(kernel, inputs, gradients, seed)
+    finally:
+        common.poison = before
+    if ours.keys() != exact.keys():
+        return Verdict(False, float("inf"), f"gives {', '.join(ours)}; the reference gives {', '.join(exact)}")
+    verdicts = [compare(name, ours[name], theirs[name], exact[name]) for name in exact]
+    return max(verdicts, key=lambda verdict: (not verdict.right, verdict.ratio))
+
+
+def compare(name: str, ours: Tensor, theirs: Tensor, exact: Tensor) -> Verdict:
+    """The rule for one tensor."""
+    if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
+        found, expected = (f"{x.dtype} {list(x.shape)}" for x in (ours, theirs))
+        return Verdict(False, float("inf"), f"{name}: {found}, expected {expected}")
+    if not bool(torch.isfinite(ours).all()):
+        missing = int((~torch.isfinite(ours)).sum())
+        return Verdict(False, float("inf"), f"{name}: {missing} of {ours.numel()} values not written, NaN or infinite")
+    error, own = (float((x.double() - exact).abs().max()) for x in (ours, theirs))
+    ulp = float(exact.abs().max()) * torch.finfo(ours.dtype).eps
+    bound = max(FACTOR * own, ulp)
+    ratio = error / max(own, ulp / FACTOR) if bound else float(error > 0)
+    why = (
+        "" if error <= bound else f"{name}: error {error:.3g}, PyTorch's own is {own:.3g}: {ratio:.1f} times, 2 allowed"
+    )
+    return Verdict(error <= bound, ratio, why)
+
+
+def results(
+    function: Callable, inputs: dict[str, Any], gradients: bool, seed: int, dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
+    """The outputs of a function and, with `gradients`, those of its floating inputs; in `dtype` where one is given."""
+    given = {name: leaf(value, gradients, dtype) for name, value in inputs.items()}
+    if dtype is torch.float64 and "upcast" in given:
+        given["upcast"] = False  # it would go down to fp32
+    with torch.set_grad_enabled(gradients):
+        out = function(**given)
+    outs = [out] if isinstance(out, Tensor) else list(out)
+    found = {f"output {i}": x.detach() for i, x in enumerate(outs)}
+    if gradients:
+        wanted = {name: x for name, x in given.items() if isinstance(x, Tensor) and x.requires_grad}
+        pushed = torch.autograd.grad(outs, list(wanted.values()), pushes(outs, inputs, seed))
+        found |= {f"gradient of {name}": g for name, g in zip(wanted, pushed, strict=True)}
+    return found
+
+
+def pushes(outs: list[Tensor], inputs: dict[str, Any], seed: int) -> list[Tensor]:
+    """Random gradients of the outputs: the same numbers for every function and dtype, rounded to the dtype of the inputs."""
+    low = next(x.dtype for x in inputs.values() if isinstance(x, Tensor) and x.is_floating_point())
+    generator = torch.Generator(outs[0].device).manual_seed(seed)
+    drawn = [torch.randn(x.shape, generator=generator, device=x.device) for x in outs]
+    return [g.to(low).to(x) for g, x in zip(drawn, outs, strict=True)]
+
+
+def leaf(value: Any, gradient: bool, dtype: torch.dtype | None) -> Any:
+    """A copy of a tensor with the same strides, in `dtype` where one is given; what is no floating tensor is passed on."""
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return value
+    copy = torch.empty_strided(value.shape, value.stride(), dtype=dtype or value.dtype, device=value.device)
+    return copy.copy_(value.detach()).requires_grad_(gradient)
