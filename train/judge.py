@@ -18,13 +18,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from sdcore.weights import files
 from torch import Tensor
 
 from sdcore.pipeline import Pipeline
 from sdcore.vae import VAE
 
 from . import checker, world
-from .loop import sha256, write_durably
+from .loop import sha256
 from .options import option, parse
 
 SEED = 20_000  # of the held-out prompts
@@ -159,7 +160,8 @@ def write_card(version: dict, page: Path) -> None:
     head, *rest = card(version).splitlines()
     start = text.index(head)
     end = start + len(re.match(r"(\|.*\n)+", text[start:])[0])  # type: ignore[index]
-    write_durably(page, (text[:start] + "\n".join([head, *rest]) + "\n" + text[end:]).encode())
+    with files.replacing(page) as file:
+        file.write((text[:start] + "\n".join([head, *rest]) + "\n" + text[end:]).encode())
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -182,7 +184,8 @@ def main(argv: list[str] | None = None) -> int:
             key: getattr(options, key) for key in ("prompts", "steps", "guidance", "sampler", "seed", "pictures")
         }
         version = {"version": options.record, **fingerprint(Path(words[0])), "judged": settings, **verdict}
-        write_durably(Path(words[0]) / "version.json", (json.dumps(version, indent=1) + "\n").encode())
+        with files.replacing(Path(words[0]) / "version.json") as file:
+            file.write((json.dumps(version, indent=1) + "\n").encode())
         if (page := Path(words[0]) / "README.md").exists():
             write_card(version, page)
     print(json.dumps(verdict) if options.json else table(verdict))

@@ -2,7 +2,7 @@
 
 A method (`vae.py`, `text2image.py`, ...) is a `Task`: it says which parameters train, what a batch is and what the loss is.
 `run` does the rest: warm-up, clipping, AdamW, the moving average (EMA), the log and its curve, saving, stopping and resuming.
-Read `run` first, then `Checkpoints`.
+Read `_run` first, then `State` and `Checkpoints`.
 
 A run can be cut anywhere and goes on bit for bit. Two habits make that easy to see. Every random number of step k comes from
 a generator that is seeded with (seed, k) alone, and the examples of step k are a function of k: so the position in the random
@@ -31,10 +31,11 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
+from sdcore.weights.files import replacing, sync_folder
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from sdcore.errors import NonFiniteError, TrainingError
+from sdcore.errors import CheckpointError, NonFiniteError, TrainingError
 
 from .options import option
 
@@ -143,27 +144,85 @@ class Average:
             self.values[name].copy_(own)
 
 
+class State:
+    """What training changes: the weights, their moving average and the optimiser's memory of them."""
+
+    def __init__(self, task: Task, options: LoopOptions):
+        self.task, self.options = task, options
+        self.modules = nn.ModuleDict(task.modules)
+        self.trained = {name: p for name, p in self.modules.named_parameters() if p.requires_grad}
+        decayed = [p for p in self.trained.values() if p.ndim > 1]
+        plain = [p for p in self.trained.values() if p.ndim <= 1]
+        self.optimiser = torch.optim.AdamW(
+            [{"params": decayed, "weight_decay": options.weight_decay}, {"params": plain, "weight_decay": 0.0}],
+            lr=options.lr, betas=(0.9, options.beta2), fused=True,
+        )  # fmt: skip
+        self.average = Average(self.trained, options.ema)
+
+    def take(self, step: int, rate: float) -> dict[str, float]:
+        """One step at learning rate `rate`. Its figures for the log; none, and nothing changed, where NaN appeared."""
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate
+        loss, figures = self.task.loss(step, generator(self.options.seed, step))
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.trained.values(), self.options.clip)
+        finite = bool(torch.isfinite(loss) and torch.isfinite(norm))
+        if finite:
+            self.optimiser.step()
+            self.average.update(step)
+        self.optimiser.zero_grad(set_to_none=True)
+        return {"loss": loss.item(), "norm": norm.item(), **figures} if finite else {}
+
+    def collect(self) -> dict[str, Tensor]:
+        """Every tensor under a flat name: weights/…, average/…, optimiser/…/exp_avg."""
+        tensors = {f"weights/{k}": v for k, v in self.modules.state_dict().items()}
+        tensors |= {f"average/{k}": v for k, v in self.average.values.items()}
+        for name, p in self.trained.items():
+            for key, value in self.optimiser.state[p].items():
+                tensors[f"optimiser/{name}/{key}"] = value
+        return tensors
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """The inverse of `collect`; the optimiser's tensors take the layout of their parameter, which files do not keep."""
+        self.modules.load_state_dict(
+            {k.removeprefix("weights/"): v for k, v in tensors.items() if k.startswith("weights/")}
+        )
+        for name, p in self.trained.items():
+            self.average.values[name].copy_(tensors[f"average/{name}"])
+            found = {key: tensors[f"optimiser/{name}/{key}"] for key in ("exp_avg", "exp_avg_sq", "step")
+                     if f"optimiser/{name}/{key}" in tensors}  # fmt: skip
+            self.optimiser.state[p] = {
+                k: torch.empty_like(p).copy_(v) if v.shape == p.shape else v.clone() for k, v in found.items()
+            }
+
+
+class Log:
+    """log.jsonl, one line a record. A resumed run writes the steps since its checkpoint again; readers keep the last line."""
+
+    def __init__(self, path: Path):
+        self.file = open(path, "a")
+        self.sums: dict[str, list[float]] = {}  # since the last line of means
+        self.clock = time.perf_counter()
+
+    def write(self, **values: object) -> None:
+        self.file.write(json.dumps(values) + "\n")
+        self.file.flush()
+
+    def add(self, figures: dict[str, float]) -> None:
+        for name, value in figures.items():
+            self.sums.setdefault(name, []).append(value)
+
+    def means(self, **values: object) -> dict[str, float]:
+        """Write the means of what was added since the last time, and the seconds a step."""
+        seconds, self.clock = time.perf_counter() - self.clock, time.perf_counter()
+        means = {name: round(sum(found) / len(found), 6) for name, found in self.sums.items()}
+        count = max(map(len, self.sums.values()), default=1)
+        self.write(**values, **means, seconds=round(seconds / count, 4))
+        self.sums = {}
+        return means
+
+
 # ---------------------------------------------------------------------------------------------------------------- checkpoints
-
-
-def write_durably(path: Path, data: bytes) -> None:
-    """Write a file beside `path`, flush it to the disk, rename it into place."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(beside, "wb") as f:
-        f.write(data)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(beside, path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Flush a folder's entries, so that a rename in it survives a power cut."""
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def sha256(path: Path) -> str:
@@ -202,10 +261,11 @@ class Checkpoints:
                 with open(beside / name, "rb") as f:
                     os.fsync(f.fileno())
                 files[name] = {"bytes": (beside / name).stat().st_size, "sha256": sha256(beside / name)}
-            write_durably(beside / "manifest.json", json.dumps({"step": step, "files": files}, indent=1).encode())
+            with replacing(beside / "manifest.json") as f:
+                f.write(json.dumps({"step": step, "files": files}, indent=1).encode())
             os.rename(beside, final)
             sync_folder(self.folder)
-        except OSError as e:
+        except (OSError, CheckpointError) as e:
             shutil.rmtree(beside, ignore_errors=True)
             raise TrainingError(
                 f"{final}: the checkpoint could not be written ({e}); older checkpoints are intact. "
@@ -308,118 +368,59 @@ def run(task: Task, options: LoopOptions) -> int:
 
 def _run(task: Task, options: LoopOptions, out: Path, signals: Signals) -> int:
     torch.set_num_threads(options.threads)
-    modules = nn.ModuleDict(task.modules)
-    trained = {name: p for name, p in modules.named_parameters() if p.requires_grad}
-    decayed = [p for p in trained.values() if p.ndim > 1]
-    plain = [p for p in trained.values() if p.ndim <= 1]
-    optimiser = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": options.weight_decay}, {"params": plain, "weight_decay": 0.0}],
-        lr=options.lr, betas=(0.9, options.beta2), fused=True,
-    )  # fmt: skip
-    average = Average(trained, options.ema)
+    state = State(task, options)
     checkpoints = Checkpoints(out / "checkpoints", options.keep)
     settings = json.loads(
         json.dumps({"options": dataclasses.asdict(options), "data": task.identity()})
-    )  # as a file gives it
-
-    start, skipped = 0, 0
+    )  # as files have it
+    log = Log(out / "log.jsonl")
+    start = 0
     if options.resume:
-        tensors, state = checkpoints.newest()
-        _refuse_changes(settings, state, options, out)
-        _restore(modules, trained, optimiser, average, tensors)
-        start = state["step"]
+        tensors, found = checkpoints.newest()
+        _refuse_changes(settings, found, options, out)
+        state.restore(tensors)
+        start = found["step"]
+        log.write(step=start, event="resumed", changed=difference(found["options"], settings["options"]))
     elif checkpoints.all():
         raise TrainingError(f"{out}: holds a run already; add --resume to go on with it, or choose another --out")
 
-    def save(step: int) -> None:
-        tensors = _collect(modules, trained, optimiser, average)
-        checkpoints.save(step, tensors, {"step": step, "torch": torch.__version__, **settings})
-
-    log = open(out / "log.jsonl", "a")  # one line a record; a resumed run writes its steps again, readers keep the last
-
-    def record(**values: object) -> None:
-        log.write(json.dumps(values) + "\n")
-        log.flush()
-
-    if options.resume:
-        record(step=start, event="resumed", changed=difference(state["options"], settings["options"]))
-    sums: dict[str, list[float]] = {}  # since the last line of the log
-    clock, bad = time.perf_counter(), 0
-    bar = tqdm(
-        range(start, options.steps), initial=start, total=options.steps, disable=None, desc=out.name, unit="step"
-    )
+    skipped = []  # steps that were not applied
+    steps = range(start, options.steps)
+    bar = tqdm(steps, initial=start, total=options.steps, disable=None, desc=out.name, unit="step")
     for step in bar:
-        for group in optimiser.param_groups:
-            group["lr"] = learning_rate(options, step)
-        loss, figures = task.loss(step, generator(options.seed, step))
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(trained.values(), options.clip)
-        if torch.isfinite(loss) and torch.isfinite(norm):
-            optimiser.step()
-            average.update(step)
-            bad = 0
-        else:  # the step is not applied
-            bad, skipped = bad + 1, skipped + 1
-            record(step=step, event="not applied: loss or gradient is not finite")
-            if bad == PATIENCE:
+        rate = learning_rate(options, step)
+        figures = state.take(step, rate)
+        if not figures:
+            skipped.append(step)
+            log.write(step=step, event="not applied: loss or gradient is not finite")
+            if skipped[-PATIENCE:] == list(range(step + 1 - PATIENCE, step + 1)):
                 raise NonFiniteError(
                     f"{out}: loss or gradient was not finite in {PATIENCE} steps in a row, up to step {step}; "
                     "the last checkpoint is from before; resume it with a lower --lr"
                 )
-        optimiser.zero_grad(set_to_none=True)
+        log.add(figures)
 
         done = step + 1
-        for name, value in {"loss": loss.item(), "norm": norm.item(), **figures}.items():
-            sums.setdefault(name, []).append(value)
         if done % options.log_every == 0:
-            seconds, clock = time.perf_counter() - clock, time.perf_counter()
-            means = {name: round(sum(values) / len(values), 6) for name, values in sums.items()}
-            record(step=done, **means, lr=learning_rate(options, step), seconds=round(seconds / len(sums["loss"]), 4))
-            bar.set_postfix(loss=f"{means['loss']:.4f}")
-            sums = {}
+            means = log.means(step=done, lr=rate)
+            bar.set_postfix(loss=f"{means.get('loss', math.nan):.4f}")
         if options.eval_every and (done % options.eval_every == 0 or done == options.steps):
-            with average.in_place(), torch.no_grad():
-                record(step=done, event="evaluated", **task.evaluate(done, out))
+            with state.average.in_place(), torch.no_grad():
+                log.write(step=done, event="evaluated", **task.evaluate(done, out))
             draw_curve(out / "log.jsonl", out / "loss.png")
-            clock = time.perf_counter()
+            log.clock = time.perf_counter()  # the seconds of a step are those of training
         if done % options.save_every == 0 or done == options.steps or signals.caught:
-            save(done)
+            checkpoints.save(done, state.collect(), {"step": done, "torch": torch.__version__, **settings})
         if signals.caught and done < options.steps:
-            record(step=done, event=f"stopped by {signal.Signals(signals.caught).name}, saved")
+            log.write(step=done, event=f"stopped by {signal.Signals(signals.caught).name}, saved")
             print(f"stopped and saved at step {done}; add --resume to go on", file=sys.stderr)
             return 128 + signals.caught
 
-    with average.in_place(), torch.no_grad():
+    with state.average.in_place(), torch.no_grad():
         task.export(out)
     draw_curve(out / "log.jsonl", out / "loss.png")
-    record(step=options.steps, event="complete", not_applied=skipped)
+    log.write(step=options.steps, event="complete", not_applied=len(skipped))
     return 0
-
-
-def _collect(
-    modules: nn.Module, trained: dict, optimiser: torch.optim.Optimizer, average: Average
-) -> dict[str, Tensor]:
-    """Every tensor of the state under a flat name: weights/…, average/…, optimiser/…/exp_avg."""
-    tensors = {f"weights/{k}": v for k, v in modules.state_dict().items()}
-    tensors |= {f"average/{k}": v for k, v in average.values.items()}
-    for name, p in trained.items():
-        for key, value in optimiser.state[p].items():
-            tensors[f"optimiser/{name}/{key}"] = value
-    return tensors
-
-
-def _restore(
-    modules: nn.Module, trained: dict, optimiser: torch.optim.Optimizer, average: Average, tensors: dict
-) -> None:
-    """The inverse of `_collect`. The optimiser's tensors take the memory layout of their parameter, which files do not keep."""
-    modules.load_state_dict({k.removeprefix("weights/"): v for k, v in tensors.items() if k.startswith("weights/")})
-    for name, p in trained.items():
-        average.values[name].copy_(tensors[f"average/{name}"])
-        first = {key: tensors[f"optimiser/{name}/{key}"] for key in ("exp_avg", "exp_avg_sq", "step")
-                 if f"optimiser/{name}/{key}" in tensors}  # fmt: skip
-        optimiser.state[p] = {
-            k: torch.empty_like(p).copy_(v) if v.shape == p.shape else v.clone() for k, v in first.items()
-        }
 
 
 def _refuse_changes(settings: dict, state: dict, options: LoopOptions, out: Path) -> None:
