@@ -42,6 +42,20 @@ def test_same_seed_same_bits():
     assert x.dtype == np.float32 and x.shape == (20, 3, 64, 64) and -1 <= x.min() < x.max() <= 1
 
 
+def test_another_world_has_another_fingerprint(monkeypatch):
+    own = world.fingerprint()
+    assert own == world.fingerprint()
+    for name, value in (
+        ("DARK", 0.42),
+        ("SIZES", {"small": 8.5, "large": 12.0}),
+        ("OPENINGS", ("there is ",)),
+        ("RIM_WIDTH", 2.0),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(world, name, value)
+            assert world.fingerprint() != own, name
+
+
 def test_batch_equals_single():
     some = [*scenes(20, 1), *(world.reserve(s, what) for s in scenes(4, 2) for what in ("subject", "style", "look"))]
     before = [world.draw(scene).tobytes() for scene in some]

@@ -141,12 +141,12 @@ def build_cache(options: TextToImageOptions, tokenizer: Tokenizer) -> None:
     cache.mkdir(parents=True, exist_ok=True)
     recipe = {
         "vae": sha256(Path(options.vae) / "vae" / files_name("vae")), "captions": options.captions, "seed": options.seed,
-        "words": hashlib.sha256(" ".join(world.VOCABULARY).encode()).hexdigest(),
+        "world": world.fingerprint(),
     }  # fmt: skip
     note = cache / "recipe.json"
     if note.exists() and json.loads(note.read_text()) != recipe:
         raise TrainingError(
-            f"{cache}: made from another autoencoder, seed or vocabulary; remove it or choose another --cache"
+            f"{cache}: made from another autoencoder, seed or world; remove it or choose another --cache"
         )
     note.write_text(json.dumps(recipe, indent=1) + "\n")
     missing = [i for i in range(options.shards) if not shard_path(cache, i).exists()]

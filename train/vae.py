@@ -68,7 +68,7 @@ class TrainVAE(Task):
             self.vae.quant_conv.requires_grad_(False)
 
     def identity(self) -> dict[str, object]:
-        return {"world": world.VOCABULARY, "start": self.options.start}
+        return {"world": world.fingerprint(), "start": self.options.start}
 
     def loss(self, step: int, rng: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         seed = int(torch.randint(2**62, (1,), generator=rng))

@@ -15,6 +15,7 @@ Shapes: pictures are float32 [3, 64, 64] (channel, row, column) in -1..1; u, v a
 from __future__ import annotations
 
 import functools
+import hashlib
 import re
 import zlib
 from collections.abc import Callable, Sequence
@@ -452,6 +453,18 @@ def training_pairs(rng: np.random.Generator, n: int) -> tuple[Array, list[str]]:
 def vae_pictures(rng: np.random.Generator, n: int) -> Array:
     """A batch for the autoencoder, float32 [n, 3, 64, 64] in -1..1."""
     return draw_batch([vae_scene(rng) for _ in range(n)])
+
+
+def fingerprint() -> str:
+    """A hash of what is drawn and said, so that a run is not resumed in a world that has changed."""
+    rng = np.random.default_rng(0)
+    scenes = [training_scene(rng) for _ in range(32)] + [vae_scene(rng) for _ in range(32)]
+    reserved = [reserve(scene, what) for scene in scenes[:8] for what in ("subject", "style", "look")]
+    words = "\n".join([*VOCABULARY, *(caption(scene, rng) for scene in scenes[:32])])
+    pixels = np.rint(draw_batch(scenes + reserved) * 127).astype(
+        np.int8
+    )  # rounded: the last bits depend on the machine
+    return hashlib.sha256(words.encode() + pixels.tobytes()).hexdigest()
 
 
 # ------------------------------------------------------------------------------------------------------- the sheet, by hand
