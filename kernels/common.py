@@ -15,13 +15,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
-INTERPRETED = (
-    triton.knobs.runtime.interpret
-)  # TRITON_INTERPRET=1 was set when Triton was imported: kernels run on the CPU, slowly
+# TRITON_INTERPRET=1 was set when Triton was imported: kernels run on the CPU, slowly.
+INTERPRETED = triton.knobs.runtime.interpret
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)  # what kernels compute on
 poison = False  # set by tests: outputs start as NaN, so that what a kernel forgets to write shows
-
-
 _WIDEN = tl.constexpr(INTERPRETED)
 
 
