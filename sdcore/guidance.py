@@ -6,11 +6,18 @@ beyond the first:
 
     output = negative + guidance * (positive - negative)
 
-Both answers come out of one batch of twice the size, the negative half first. b images, x [b, c, h, w].
+Both answers come out of one batch of twice the size, the negative half first.
+
+A picture may have several prompts at once, joined by AND or each with a region of its own. Then there are p positive answers,
+and what stands for "the positive one" above is their sum with shares, measured from the negative answer (2206.01714, eq. 11):
+
+    positive = negative + sum_k share_k * (answer_k - negative)
+
+b images, p prompts an image, x [b, c, h, w].
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -19,7 +26,8 @@ from sdcore.errors import ConfigError
 from sdcore.samplers import Denoise, Step
 from sdcore.scheduler import check_share
 
-# (network input [n, c, h, w], step) -> output [n, c, h, w]; n is b, or 2b with the b negative conditions first. The conditions
+# (network input [n, c, h, w], step) -> output [n, c, h, w]; n is b, or 2b with the b negative conditions first, or with several
+# prompts an image (1 + p) b: the negative conditions, then prompt by prompt. The conditions
 # are the caller's to hold: a closure over them, and over what was computed once per image or once per step (index step.i).
 Network = Callable[[Tensor, Step], Tensor]
 
@@ -30,6 +38,7 @@ def denoiser(
     guidance: float = 1.0,
     rescale: float = 0.0,
     interval: tuple[float, float] = (0.0, math.inf),
+    shares: Sequence[float | Tensor] | None = None,
 ) -> Denoise:
     """Turns a network into `denoise(x, step) -> x0`.
 
@@ -39,6 +48,8 @@ def denoiser(
     rescale   share of the way by which the guided output is brought back to the positive one's standard deviation: see `rescaled`
     interval  sigmas (low, high): guidance acts only at noise levels low <= sigma <= high (2404.07724: at very high noise it costs
               variety, at very low noise it does nothing but cost time)
+    shares    with several prompts an image, the share of each: a number, or what multiplies [b, c, h, w] (an image's own number
+              [b, 1, 1, 1], a region [1, 1, h, w]). They are composed in every step, guided or not, so the batch is (1 + p) b
 
     The arithmetic after the network runs in x's dtype. Raises ConfigError for values outside their range.
     """
@@ -49,16 +60,29 @@ def denoiser(
 
     def denoise(x: Tensor, step: Step) -> Tensor:
         entry = x * step.input_scale
-        if guidance > 1 and low <= step.sigma <= high:
+        guided = guidance > 1 and low <= step.sigma <= high
+        if shares is not None:
+            negative, *answers = (
+                network(torch.cat([entry] * (1 + len(shares))), step).to(x.dtype).chunk(1 + len(shares))
+            )
+            wanted = composed(negative, answers, shares)
+        elif guided:
             negative, wanted = network(torch.cat([entry, entry]), step).to(x.dtype).chunk(2)
+        else:
+            wanted = network(entry, step).to(x.dtype)
+        output = wanted
+        if guided:
             output = negative + guidance * (wanted - negative)
             if rescale:
                 output = rescaled(output, wanted, rescale)
-        else:
-            output = network(entry, step).to(x.dtype)
         return to_x0(x, output, step)
 
     return denoise
+
+
+def composed(negative: Tensor, answers: Sequence[Tensor], shares: Sequence[float | Tensor]) -> Tensor:
+    """One answer [b, c, h, w] out of one for every prompt. Source: Liu et al. 2022 (2206.01714), equation 11."""
+    return negative + sum(share * (answer - negative) for share, answer in zip(shares, answers, strict=True))
 
 
 def to_x0(x: Tensor, output: Tensor, step: Step) -> Tensor:

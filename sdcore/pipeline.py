@@ -7,19 +7,28 @@ loop, one step at a time, so that progress, preview and cancelling are the calle
 Calling the pipeline runs them all. What depends on the picture but not on the step, the keys and values of the text, is
 computed once, before the loop.
 
+A prompt is read with the grammar of sdcore/prompt.py, `emphasis` says how its weights act, and "none" takes it literally, as
+diffusers does. A prompt without a sign of the grammar and of at most 75 tokens is the same either way, bit for bit.
+
 Legend: b pictures, k text tokens, d text width, c latent channels, h w latent height and width (pixels / 8), H W pixels.
 """
 
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
-from sdcore.clip import CLIPText
+from sdcore import embeddings, lora
+from sdcore import prompt as grammar
+from sdcore.clip import CLIPText, TextOutput
+from sdcore.embeddings import Embedding
 from sdcore.errors import ConfigError, NonFiniteError, PromptError
 from sdcore.guidance import denoiser
 from sdcore.samplers import Noise, Step, initial, make_steps, sample
@@ -31,6 +40,7 @@ from sdcore.vae import VAE
 log = logging.getLogger("sdcore")
 
 MAX_SIDE = 8192  # pixels; a larger side is a slip of the finger, and would ask for memory by the terabyte
+MAX_FORMS = 128  # different texts that a prompt may turn into over the steps: keys and values of each are kept
 
 
 class Conditions(NamedTuple):
@@ -45,6 +55,25 @@ class Conditions(NamedTuple):
             torch.cat([self.pooled, other.pooled]) if self.pooled is not None and other.pooled is not None else None
         )
         return Conditions(torch.cat([self.context, other.context]), pooled)
+
+
+class Region(NamedTuple):
+    """A prompt that holds in a part of the picture."""
+
+    prompt: str | Sequence[str]  # for all pictures, or one each
+    mask: Tensor  # [any height, any width], 0..1: where it holds; where regions overlap they share, the rest is the main prompt's
+
+
+Texts = tuple[tuple[str, ...], ...]  # text encoder by text encoder, b texts each
+
+
+class Voice(NamedTuple):
+    """One of the prompts that the pictures follow at the same time, for all b of them."""
+
+    share: float | Tensor  # see `guidance.denoiser`
+    texts: list[Texts]  # one a step; empty where the conditions are given
+    given: Conditions | None = None
+    zeros: tuple[bool, ...] = ()  # pictures whose conditions are zeros
 
 
 class Progress(NamedTuple):
@@ -108,12 +137,19 @@ class Pipeline:
     zero_negative: bool = False  # SDXL base: an empty negative prompt is zeros, not the encoding of ""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     offload: bool = False  # keep on the device only the part that is at work: SDXL then fits a card of 8 GB
+    embeddings: dict[str, Embedding] = field(default_factory=dict)  # words of one's own; see sdcore/embeddings.py
+    adapters: dict[str, lora.Adapter] = field(default_factory=dict)  # at hand for `<lora:name:0.8>` in a prompt
 
     # ------------------------------------------------------------------------------------------------ the whole way
 
     @torch.no_grad()
     def __call__(
-        self, prompt: str | Sequence[str], negative: str | Sequence[str] = "", *, output: str = "image", **options: Any
+        self,
+        prompt: str | Sequence[str] | Conditions,
+        negative: str | Sequence[str] | Conditions = "",
+        *,
+        output: str = "image",
+        **options: Any,
     ) -> Result:
         """Draw. `options` are those of `steps`; `output="latent"` leaves the decoder out.
 
@@ -129,8 +165,8 @@ class Pipeline:
 
     def steps(
         self,
-        prompt: str | Sequence[str],
-        negative: str | Sequence[str] = "",
+        prompt: str | Sequence[str] | Conditions,
+        negative: str | Sequence[str] | Conditions = "",
         *,
         steps: int = 30,
         guidance: float = 7.5,
@@ -143,11 +179,16 @@ class Pipeline:
         guidance_rescale: float = 0.0,
         guidance_interval: tuple[float, float] = (0.0, math.inf),
         sizes: Sequence[int] | None = None,
+        prompt2: str | Sequence[str] | None = None,
+        negative2: str | Sequence[str] | None = None,
+        emphasis: str = "a1111",
+        clip_skip: int = 0,
+        regions: Sequence[Region] = (),
         **sampler_options: Any,
     ) -> "Run":
         """Draw one step at a time: `for progress in pipe.steps(...)`; the last one's `x` is the finished latent.
 
-        prompt, negative   one text, or one a picture
+        prompt, negative   one text, or one a picture; or what `encode` made of texts
         steps, sampler, schedule, sampler_options   see `samplers.make_steps`; None is the model's own choice
         guidance           7.5 follows the prompt closely, 1 and less ignores `negative` and is twice as fast
         seed               one number (picture i gets seed + i) or one a picture; a picture depends on its own alone
@@ -156,6 +197,13 @@ class Pipeline:
         noise              standard normal noise [b, c, h, w] to start from, in place of that of the seeds
         guidance_rescale, guidance_interval   see `guidance.denoiser`
         sizes              XL: (original H, W, crop top, left, target H, W); None is (H, W, 0, 0, H, W)
+        prompt2, negative2   XL: what the second text encoder reads; None is the same as the first
+        emphasis           how weights in the prompt act: a1111, no-norm, comfyui, compel; none takes brackets, AND and BREAK
+                           literally and cuts off what does not fit a row of tokens, as diffusers does
+        clip_skip          layers left out at the end of the text encoders; 1 is what A1111 calls clip skip 2
+        regions            prompts for parts of the picture, beside the main one
+
+        Adapters that a prompt asks for (`<lora:name:0.8>`) are taken from `adapters`, attached here, and stay until the next.
 
         Raises at the call, before the first step, PromptError and ConfigError; in the loop NonFiniteError.
         """
@@ -164,64 +212,68 @@ class Pipeline:
                 f"this {self.family} model draws from a picture, not from a prompt alone: its UNet takes "
                 f"{self.unet.config.in_channels} channels where text to image has {self.unet.config.out_channels}"
             )
-        prompts = _texts(prompt, "prompt", count)
+        pictures = _how_many(prompt, "prompt", count)
         if not isinstance(guidance, (int, float)) or not math.isfinite(guidance):
             raise ConfigError(f"guidance: expected a finite number such as 7.5, found {guidance!r}")
+        if emphasis not in grammar.EMPHASIS:
+            raise ConfigError(f"emphasis: expected one of {', '.join(grammar.EMPHASIS)}, found {emphasis!r:.80}")
         way = make_steps(self.scheduler, steps, sampler, schedule, **sampler_options)
         W, H = self._size(size)
-        seeds = None if noise is not None else _seeds(seed, len(prompts))
-        shape = (self.unet.config.in_channels, H // self.vae.config.factor, W // self.vae.config.factor)
-        draw = Noise(seeds or _seeds(seed, len(prompts)))
+        seeds = None if noise is not None else _seeds(seed, pictures)
+        h, w = H // self.vae.config.factor, W // self.vae.config.factor
+        shape = (self.unet.config.in_channels, h, w)
+        draw = Noise(seeds or _seeds(seed, pictures))
         if noise is None:
             noise = draw.draw(*shape)
-        elif noise.shape != (len(prompts), *shape):
-            raise ConfigError(
-                f"noise: expected [{len(prompts)}, {', '.join(map(str, shape))}], found {list(noise.shape)}"
-            )
+        elif noise.shape != (pictures, *shape):
+            raise ConfigError(f"noise: expected [{pictures}, {', '.join(map(str, shape))}], found {list(noise.shape)}")
         x = initial(noise.to(self.device, torch.float32), way)
 
+        reader = _Reader(self, pictures, min(steps, len(way)), emphasis)
+        voices = reader.positive(prompt, prompt2, count)
+        if regions:
+            voices = reader.placed(voices, regions, (h, w))
+        composed = len(voices) > 1
+        self._take(reader.loras)
+        told = [*reader.negative(negative, negative2, count), *voices] if guidance > 1 or composed else voices
         notices: list[str] = []
-        conditions = self.encode(prompts, notices)
-        if guidance > 1:
-            negatives = _texts(negative, "negative", len(prompts) if isinstance(negative, str) else count)
-            if len(negatives) != len(prompts):
-                raise ConfigError(
-                    f"negative: expected one text, or one a prompt ({len(prompts)}), found {len(negatives)}"
-                )
-            conditions = self._negative(negatives, notices).then(conditions)
+        conditions = self._tell(told, len(way), emphasis, clip_skip, notices)
         for notice in notices:
             log.warning(notice)
         denoise = denoiser(
-            self._network(conditions, sizes or (H, W, 0, 0, H, W)),
+            self._network(conditions, sizes or (H, W, 0, 0, H, W), len(way)),
             guidance=guidance,
             rescale=guidance_rescale,
             interval=guidance_interval,
+            shares=[voice.share for voice in voices] if composed else None,
         )
         return Run(way, x, denoise, draw, seeds, notices)
 
     # ------------------------------------------------------------------------------------------------ the stages
 
     @torch.no_grad()
-    def encode(self, prompts: Sequence[str], notices: list[str] | None = None) -> Conditions:
-        """Prompts -> what the UNet is told of them. Words beyond a tokenizer's length are cut off, and named in `notices`.
+    def encode(
+        self,
+        prompts: Sequence[str],
+        notices: list[str] | None = None,
+        *,
+        prompts2: Sequence[str] | None = None,
+        emphasis: str = "a1111",
+        clip_skip: int = 0,
+    ) -> Conditions:
+        """Prompts -> what the UNet is told of them, to be given to the pipeline in the place of a prompt.
 
-        SD 1.x and 2.x read their encoder after the last layer. The XL family reads the layer before, all encoders side by
-        side, and takes the pooled vector of the last one. Source: Podell et al. 2023, section 2.1.
+        The other arguments are those of `steps`. PromptError for prompts that are more than one text: schedules, AND, adapters.
         """
-        xl = bool(self.unet.config.added_dim)
-        contexts, pooled = [], None
-        for tokenizer, encoder in zip(self.tokenizers, self.text_encoders, strict=True):
-            tokens = tokenizer.encode_batch(list(prompts))
-            for dropped in tokens.dropped:
-                if dropped and notices is not None:
-                    notices.append(f"prompt: only {tokenizer.max_length - 2} tokens are read; left out: {dropped!r}")
-            self._place(encoder)
-            out = encoder(tokens.ids.to(self.device))
-            contexts.append(out.states[-2] if xl else out.last)
-            pooled = out.pooled if xl else None
-        context = torch.cat(contexts, dim=-1)
-        check_finite(context, "the text encoder")
-        return Conditions(context, pooled)
+        reader = _Reader(self, len(prompts), 1000, emphasis)
+        voices = reader.positive(prompts, prompts2, 1)
+        if len(voices) > 1 or len(set(voices[0].texts)) > 1 or reader.loras:
+            raise PromptError(
+                "prompt: with AND, schedules or <lora:...> it is more than one text to encode; draw with it instead"
+            )
+        conditions = self._tell(voices, 1, emphasis, clip_skip, [] if notices is None else notices)
+        assert isinstance(conditions, Conditions)
+        return conditions
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -233,33 +285,157 @@ class Pipeline:
         check_finite(pixels, f"the decoder, running in {_short(dtype)}")
         return pixels
 
+    # ------------------------------------------------------------------------------------------------ what the UNet is told
+
+    @torch.no_grad()
+    def _tell(
+        self, voices: Sequence[Voice], steps: int, emphasis: str, clip_skip: int, notices: list[str]
+    ) -> "Conditions | list[Conditions]":
+        """What the UNet is told: all voices in one batch, one after the other; where that changes, a list with one a step.
+
+        Every text is encoded once, and all in the same number of rows.
+        """
+        forms = [
+            tuple(voice.texts[i * len(voice.texts) // steps] for voice in voices if voice.texts) for i in range(steps)
+        ]
+        if len(set(forms)) > MAX_FORMS:
+            raise PromptError(f"prompt: takes {len(set(forms))} forms over {steps} steps; at most {MAX_FORMS}")
+        laid = {
+            texts: self._lay(texts, emphasis, notices) for texts in dict.fromkeys(t for form in forms for t in form)
+        }
+        length = self.tokenizers[0].max_length
+        rows = max([len(rows) for lines in laid.values() for line in lines for rows in line], default=1)
+        for voice in voices:
+            if voice.given is not None:
+                rows = max(rows, math.ceil(voice.given.context.shape[1] / length))
+        encoded = {texts: self._encode(lines, rows, emphasis, clip_skip) for texts, lines in laid.items()}
+        told = {}
+        for form in dict.fromkeys(forms):
+            texts = iter(form)
+            said = [
+                encoded[next(texts)] if v.given is None else self._lengthen(v.given, rows, clip_skip) for v in voices
+            ]
+            told[form] = reduce(
+                Conditions.then, [_zeroed(c, voice.zeros) for c, voice in zip(said, voices, strict=True)]
+            )
+        return told[forms[0]] if len(told) == 1 else [told[form] for form in forms]
+
+    def _lay(self, texts: Texts, emphasis: str, notices: list[str]) -> list[list[list[grammar.Chunk]]]:
+        """Texts -> rows of tokens: encoder by encoder, text by text."""
+        laid = []
+        for e, (tokenizer, encoder) in enumerate(zip(self.tokenizers, self.text_encoders, strict=True)):
+            named = embeddings.numbers(self.embeddings, e, encoder.config.vocab)
+            if emphasis == "none":
+                cut = [grammar.cut(text, tokenizer, named) for text in texts[e]]
+                notices += [
+                    f"prompt: only {tokenizer.max_length - 2} tokens are read; left out: {dropped!r}"
+                    for _, dropped in cut
+                    if dropped
+                ]
+                laid.append([[row] for row, _ in cut])
+            else:
+                laid.append([grammar.chunk(grammar.weigh(text), tokenizer, named) for text in texts[e]])
+        return laid
+
+    def _encode(self, laid: list[list[list[grammar.Chunk]]], rows: int, emphasis: str, clip_skip: int) -> Conditions:
+        """Rows of tokens -> conditions, every text filled up to `rows` rows.
+
+        SD 1.x and 2.x read their encoder after the last layer. The XL family reads the layer before, all encoders side by
+        side, and takes the pooled vector of the last one, of the first row. Source: Podell et al. 2023, section 2.1.
+        """
+        xl = bool(self.unet.config.added_dim)
+        contexts, pooled = [], None
+        for e, (tokenizer, encoder) in enumerate(zip(self.tokenizers, self.text_encoders, strict=True)):
+            layers = encoder.config.layers
+            if isinstance(clip_skip, bool) or not isinstance(clip_skip, int) or not 0 <= clip_skip < layers - xl:
+                raise ConfigError(
+                    f"clip_skip: expected a whole number from 0 to {layers - xl - 1} (layers left out), found {clip_skip!r}"
+                )
+            self._place(encoder)
+            extra = embeddings.table(self.embeddings, e)
+            extra = None if extra is None else extra.to(self.device)
+
+            def read(ids: Tensor, encoder: CLIPText = encoder, extra: Tensor | None = extra) -> tuple[Tensor, Tensor]:
+                out = encoder(ids.to(self.device), extra)
+                return _layer(encoder, out, clip_skip, xl), out.pooled
+
+            chunks = [row for line in laid[e] for row in grammar.filled(line, rows, tokenizer)]
+            z, vectors = read(torch.tensor([row.ids for row in chunks]))
+            z = grammar.emphasise(z, chunks, emphasis, lambda ids: read(ids)[0], tokenizer)  # noqa: B023 (called here)
+            contexts.append(rearrange(z, "(b r) s d -> b (r s) d", r=rows))
+            pooled = vectors[::rows] if xl else None
+        context = torch.cat(contexts, dim=-1)
+        check_finite(context, "the text encoder")
+        return Conditions(context, pooled)
+
     # ------------------------------------------------------------------------------------------------ inside
 
-    def _negative(self, negatives: list[str], notices: list[str]) -> Conditions:
-        """Encode what the picture shall not show; on SDXL base an empty text is zeros."""
-        negative = self.encode(negatives, notices)
-        if not self.zero_negative:
-            return negative
-        empty = torch.tensor([not text for text in negatives], device=self.device)
-        pooled = None if negative.pooled is None else negative.pooled.masked_fill(empty[:, None], 0)
-        return Conditions(negative.context.masked_fill(empty[:, None, None], 0), pooled)
+    def _lengthen(self, given: Conditions, rows: int, clip_skip: int) -> Conditions:
+        """Conditions from outside with as many rows as the others have: filled up with rows of no words."""
+        length = self.tokenizers[0].max_length
+        if given.context.shape[1] == rows * length:
+            return given
+        if given.context.shape[1] % length:
+            raise ConfigError(
+                f"conditions: {given.context.shape[1]} tokens beside a text of {rows * length}; expected the same number, or a "
+                f"multiple of {length}"
+            )
+        missing = rows - given.context.shape[1] // length
+        empty = self._encode(self._lay((("",),) * len(self.tokenizers), "none", []), 1, "none", clip_skip).context
+        filling = empty.repeat(len(given.context), missing, 1).to(given.context)
+        return Conditions(torch.cat([given.context, filling], dim=1), given.pooled)
 
-    def _network(self, conditions: Conditions, sizes: Sequence[int]) -> Callable[[Tensor, Step], Tensor]:
-        """Close the UNet over what it is told: keys and values once, here; the time in every step."""
+    def _take(self, wanted: Sequence[grammar.LoraTag]) -> None:
+        """Attach those of `adapters` that the prompt asks for, and take the others off."""
+        if not self.adapters and not wanted:
+            return
+        for tag in wanted:
+            if tag.name not in self.adapters:
+                raise PromptError(
+                    f"prompt: <lora:{tag.name}>: no such adapter at hand; there are: {', '.join(self.adapters) or 'none'}; "
+                    "put it into pipe.adapters (or attach it, and leave it out of the prompt)"
+                )
+        attached = lora.strengths(self)
+        lora_names = [name for name in self.adapters if name in attached]
+        if lora_names:
+            lora.detach(self, *lora_names)
+        for tag in wanted:
+            adapter = self.adapters[tag.name]
+            by_part = {part: tag.unet if part == "unet" else tag.text for part in adapter.parts}
+            lora.attach(self, replace(adapter, name=tag.name), 1.0, by_part)
+
+    def _network(
+        self, conditions: Conditions | Sequence[Conditions], sizes: Sequence[int], steps: int = 1
+    ) -> Callable[[Tensor, Step], Tensor]:
+        """Close the UNet over what it is told: keys and values once, here; the time in every step.
+
+        With a list, one a step, keys and values are worked out once for each of the different ones. They are worked out anew
+        where an adapter's strength changes by step. `steps`: how many there are, for those strengths.
+        """
         unet, dtype = self.unet, next(self.unet.parameters()).dtype
-        self._place(unet)
-        with torch.no_grad():
-            kv = unet.keys_values(conditions.context.to(dtype))
-        pooled = conditions.pooled
+        different = {id(one): one for one in ([conditions] if isinstance(conditions, Conditions) else conditions)}
+        pooled = next(iter(different.values())).pooled
         time_ids = None if pooled is None else self._time_ids(sizes, pooled)
 
+        @torch.no_grad()
+        def keys_values() -> dict[int, list[tuple[Tensor, Tensor]]]:
+            return {key: unet.keys_values(one.context.to(dtype)) for key, one in different.items()}
+
+        self._place(unet)
+        lora.at_step(unet, 0.0)
+        kv = keys_values()
+
         def network(x: Tensor, step: Step) -> Tensor:
+            nonlocal kv
             self._place(unet)  # a preview may have taken its place since the last step
+            if lora.at_step(unet, step.i / steps):
+                kv = keys_values()
+            now = conditions if isinstance(conditions, Conditions) else conditions[step.i]
             n = len(x)  # both halves, or only the positive one: it is the last
             t = torch.full((n,), step.t, dtype=torch.float32, device=x.device)
-            added = None if pooled is None or time_ids is None else (pooled[-n:], time_ids.expand(n, -1))
+            added = None if now.pooled is None or time_ids is None else (now.pooled[-n:], time_ids.expand(n, -1))
             shifts = unet.time_shifts(unet.embed_time(t, added))
-            return unet.step(x.to(dtype), shifts, [(k[-n:], v[-n:]) for k, v in kv])
+            return unet.step(x.to(dtype), shifts, [(k[-n:], v[-n:]) for k, v in kv[id(now)]])
 
         return network
 
@@ -307,6 +483,155 @@ def check_finite(x: Tensor, stage: str) -> None:
             f"NaN or infinity out of {stage}: half precision overflowed or a weight file is damaged; "
             "try dtype float32, and `sdcore inspect` on the model"
         )
+
+
+class _Reader:
+    """Takes the prompts of one call apart: into voices, by text encoder, picture and step."""
+
+    def __init__(self, pipe: Pipeline, pictures: int, steps: int, emphasis: str):
+        self.pipe, self.pictures, self.steps, self.literal = pipe, pictures, steps, emphasis == "none"
+        self.loras: list[grammar.LoraTag] = []
+
+    def positive(self, prompt: str | Sequence[str] | Conditions, prompt2: Any, count: int) -> list[Voice]:
+        """What the pictures shall show: one voice for each part that AND joins."""
+        if isinstance(prompt, Conditions):
+            return [self.given(prompt, prompt2, "prompt", count)]
+        voices, loras = self.read(self.lines(prompt, prompt2, "prompt", count), compose=True)
+        self.loras = loras
+        return voices
+
+    def negative(self, negative: str | Sequence[str] | Conditions, negative2: Any, count: int) -> list[Voice]:
+        """What they shall not show: one voice. On SDXL base an empty text is zeros."""
+        if isinstance(negative, Conditions):
+            return [self.given(negative, negative2, "negative", count)]
+        lines = self.lines(negative, negative2, "negative", self.pictures if isinstance(negative, str) else count)
+        voices, loras = self.read(lines, compose=False)
+        if loras:
+            raise PromptError(
+                f"negative: <lora:{loras[0].name}>: an adapter acts on the whole picture; name it in the prompt"
+            )
+        zeros = tuple(self.pipe.zero_negative and not any(texts) for texts in zip(*lines, strict=True))
+        return [voices[0]._replace(zeros=zeros if any(zeros) else ())]
+
+    def placed(self, voices: list[Voice], regions: Sequence[Region], latent: tuple[int, int]) -> list[Voice]:
+        """The voices of regions beside those of the main prompt, each with its share of every place [1, 1, h, w]."""
+        masks = []
+        for region in regions:
+            mask = region.mask
+            if (
+                not isinstance(mask, Tensor)
+                or mask.ndim != 2
+                or not mask.numel()
+                or not 0 <= mask.min() <= mask.max() <= 1
+            ):
+                found = f"{list(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+                raise ConfigError(f"regions: expected a mask [height, width] of numbers from 0 to 1, found {found}")
+            masks.append(F.interpolate(mask[None, None].to(self.pipe.device, torch.float32), size=latent, mode="area"))
+        claimed = torch.stack(masks).sum(0)
+        shared = [(1 - claimed).clamp(min=0), *[mask / claimed.clamp(min=1) for mask in masks]]
+        placed = [voice._replace(share=voice.share * shared[0]) for voice in voices]
+        for region, share in zip(regions, shared[1:], strict=True):
+            repeat = self.pictures if isinstance(region.prompt, str) else 1
+            mine, loras = self.read(self.lines(region.prompt, None, "regions", repeat), compose=True)
+            if loras:
+                raise PromptError(
+                    f"regions: <lora:{loras[0].name}>: an adapter acts on the whole picture; name it in the prompt"
+                )
+            placed += [voice._replace(share=voice.share * share) for voice in mine]
+        return placed
+
+    def lines(
+        self, text: str | Sequence[str], text2: str | Sequence[str] | None, name: str, count: int
+    ) -> list[list[str]]:
+        """Encoder by encoder, a text for every picture."""
+        first = _texts(text, name, count)
+        if text2 is None:
+            lines = [first] * len(self.pipe.text_encoders)
+        elif len(self.pipe.text_encoders) == 2:
+            lines = [first, _texts(text2, f"{name}2", self.pictures if isinstance(text2, str) else count)]
+        else:
+            raise ConfigError(f"{name}2: this {self.pipe.family} model has one text encoder; leave it out")
+        for line, which in zip(lines, (name, f"{name}2"), strict=False):
+            if len(line) != self.pictures:
+                raise ConfigError(f"{which}: expected one text, or one a prompt ({self.pictures}), found {len(line)}")
+        return lines
+
+    def given(self, conditions: Conditions, text2: Any, name: str, count: int) -> Voice:
+        """Conditions from outside, checked."""
+        width, added = self.pipe.unet.config.context_dim, bool(self.pipe.unet.config.added_dim)
+        context, pooled = conditions
+        if text2 is not None:
+            raise ConfigError(f"{name}2: has no meaning beside conditions that are encoded already")
+        if context.ndim != 3 or context.shape[-1] != width or (pooled is not None) != added:
+            raise ConfigError(
+                f"{name}: expected conditions [b, tokens, {width}]{' and a pooled vector' if added else ' alone'}, found "
+                f"{list(context.shape)}{'' if pooled is None else ' and a pooled vector'}"
+            )
+        context = context.to(self.pipe.device)
+        if len(context) != self.pictures:
+            context = context.repeat_interleave(count if len(context) > 1 else self.pictures, dim=0)
+        if len(context) != self.pictures:
+            raise ConfigError(
+                f"{name}: expected conditions for {self.pictures} pictures, found {len(conditions.context)}"
+            )
+        if pooled is not None:
+            pooled = pooled.to(self.pipe.device).repeat_interleave(len(context) // len(pooled), dim=0)
+        return Voice(1.0, [], Conditions(context, pooled))
+
+    def read(self, lines: list[list[str]], compose: bool) -> tuple[list[Voice], list[grammar.LoraTag]]:
+        """Texts -> voices, and the adapters that they ask for."""
+        if self.literal:
+            for text in (text for line in lines for text in line):
+                grammar.check(text)
+            return [Voice(1.0, [tuple(map(tuple, lines))])], []
+        read = {text: grammar.parse(text, self.steps, compose) for line in lines for text in line}
+        prompts = [[read[text] for text in line] for line in lines]  # encoder by encoder, picture by picture
+        tags = [
+            tuple(dict.fromkeys(tag for one in of_picture for tag in one.loras))
+            for of_picture in zip(*prompts, strict=True)
+        ]
+        if len(set(tags)) > 1:
+            raise PromptError(
+                "prompt: adapters act on all pictures of a call; give every prompt the same <lora:...>, or call twice"
+            )
+        if any(len({len(one.parts) for one in of_picture}) > 1 for of_picture in zip(*prompts, strict=True)):
+            raise PromptError("prompt2: expected as many prompts joined by AND as the first one has")
+        voices = []
+        for part in range(max(len(one.parts) for one in prompts[0])):
+            # A picture with fewer prompts than its neighbours says its first one again, without a share.
+            weights = [one.parts[part].weight if part < len(one.parts) else 0.0 for one in prompts[0]]
+            parts = [[one.parts[part if part < len(one.parts) else 0] for one in line] for line in prompts]
+            texts = [tuple(tuple(p.texts[i] for p in line) for line in parts) for i in range(self.steps)]
+            share = (
+                weights[0]
+                if len(set(weights)) == 1
+                else torch.tensor(weights, device=self.pipe.device)[:, None, None, None]
+            )
+            voices.append(Voice(share, texts))
+        return voices, list(tags[0])
+
+
+def _layer(encoder: CLIPText, out: TextOutput, clip_skip: int, xl: bool) -> Tensor:
+    """The layer of a text encoder that the family reads, or one so many before it [b, s, d]."""
+    if xl:
+        return out.states[-2 - clip_skip]
+    return encoder.text_model.final_layer_norm(out.states[-1 - clip_skip]) if clip_skip else out.last
+
+
+def _zeroed(conditions: Conditions, zeros: Sequence[bool]) -> Conditions:
+    """Zeros in the place of some pictures' conditions."""
+    if not zeros:
+        return conditions
+    mask = torch.tensor(zeros, device=conditions.context.device)
+    pooled = None if conditions.pooled is None else conditions.pooled.masked_fill(mask[:, None], 0)
+    return Conditions(conditions.context.masked_fill(mask[:, None, None], 0), pooled)
+
+
+def _how_many(prompt: str | Sequence[str] | Conditions, name: str, count: int) -> int:
+    """How many pictures a call draws."""
+    if isinstance(prompt, Conditions):
+        return len(_texts("", name, count)) * len(prompt.context)
+    return len(_texts(prompt, name, count))
 
 
 def _texts(text: str | Sequence[str], name: str, count: int) -> list[str]:

@@ -385,9 +385,26 @@ def chunk(pieces: Sequence[Piece], tokenizer: Tokenizer, named: Mapping[str, Seq
     return rows
 
 
+def filled(rows: Sequence[Chunk], count: int, tokenizer: Tokenizer) -> list[Chunk]:
+    """As many rows as asked for: those, and then rows without words."""
+    return [*rows, *[framed([], tokenizer)] * (count - len(rows))]
+
+
+def cut(text: str, tokenizer: Tokenizer, named: Mapping[str, Sequence[int]] = {}) -> tuple[Chunk, str]:
+    """One row without a grammar, and what did not fit into it ("" where everything did)."""
+    if not named:
+        found = tokenizer.encode_batch([text])
+        length = tokenizer.max_length
+        return Chunk(found.ids[0].tolist(), [1.0] * length, [-1] * length), found.dropped[0]
+    tokens = [token for ids, _ in spell(text, tokenizer, named) for token in ids]
+    room = tokenizer.max_length - 2
+    dropped = f"the last {len(tokens) - room} tokens" if len(tokens) > room else ""
+    return framed([(token, 1.0, -1) for token in tokens[:room]], tokenizer), dropped
+
+
 def framed(row: Sequence[tuple[int, float, int]], tokenizer: Tokenizer) -> Chunk:
     """Start before it, end and padding behind it."""
-    ids, weights, pieces = ([item[k] for item in row] for k in range(3))
+    ids, weights, pieces = [t for t, _, _ in row], [w for _, w, _ in row], [p for _, _, p in row]
     behind = tokenizer.max_length - 1 - len(row)
     return Chunk(
         [tokenizer.bos_id, *ids, tokenizer.eos_id, *[tokenizer.pad_id] * (behind - 1)],

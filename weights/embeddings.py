@@ -9,7 +9,7 @@
 | SDXL | `.safetensors` | `clip_l: [n, 768]` and `clip_g: [n, 1280]` |
 | pivotal tuning | `.safetensors` | `text_encoders_0: [n, 768]` and `text_encoders_1: [n, 1280]` |
 | some trainers | `.pt`, `.bin` | a list of tables: all vectors of a width below each other |
-| LoRA with a word of its own | `.safetensors` | `bundle_emb.<name>.string_to_param.*`, or `bundle_emb.<name>.clip_l` and `.clip_g` |
+| LoRA with its own word | `.safetensors` | `bundle_emb.<name>.` before `string_to_param.*`, or `clip_l` and `clip_g` |
 
 Where the format has no name inside, the file's own, without its ending, is the name. Pickles are read as data
 (`pickles.py`): nothing in them runs. Pictures that hide the numbers in their pixels are not read.
