@@ -241,7 +241,7 @@ class Pipeline:
         for notice in notices:
             log.warning(notice)
         denoise = denoiser(
-            self._network(conditions, sizes or (H, W, 0, 0, H, W), len(way)),
+            self._network(conditions, sizes or (H, W, 0, 0, H, W), way),
             guidance=guidance,
             rescale=guidance_rescale,
             interval=guidance_interval,
@@ -405,12 +405,12 @@ class Pipeline:
             lora.attach(self, replace(adapter, name=tag.name), 1.0, by_part)
 
     def _network(
-        self, conditions: Conditions | Sequence[Conditions], sizes: Sequence[int], steps: int = 1
+        self, conditions: Conditions | Sequence[Conditions], sizes: Sequence[int], way: Sequence[Step]
     ) -> Callable[[Tensor, Step], Tensor]:
         """Close the UNet over what it is told: keys and values once, here; the time in every step.
 
         With a list, one a step, keys and values are worked out once for each of the different ones. They are worked out anew
-        where an adapter's strength changes by step. `steps`: how many there are, for those strengths.
+        where an adapter's strength changes by step.
         """
         unet, dtype = self.unet, next(self.unet.parameters()).dtype
         different = {id(one): one for one in ([conditions] if isinstance(conditions, Conditions) else conditions)}
@@ -428,7 +428,7 @@ class Pipeline:
         def network(x: Tensor, step: Step) -> Tensor:
             nonlocal kv
             self._place(unet)  # a preview may have taken its place since the last step
-            if lora.at_step(unet, step.i / steps):
+            if lora.at_step(unet, step.i / len(way)):
                 kv = keys_values()
             now = conditions if isinstance(conditions, Conditions) else conditions[step.i]
             n = len(x)  # both halves, or only the positive one: it is the last
