@@ -23,9 +23,9 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
+from sdcore.kernels.common import FLOATS, Build, build, can_run, empty, empty_like, name_of
 from torch import Tensor
 
-from sdcore.kernels.common import FLOATS, Build, build, can_run, empty, empty_like, name_of
 from sdcore.samplers import Step, memory
 
 BLOCK = 512
@@ -146,7 +146,7 @@ def differentiate(ctx, d_new, d_x0, d_entry, d_history):
     hurry here."""
     (row,) = ctx.saved_tensors
     guidance, from_x, from_out, std, next_scale, w, w0, *older = row.unbind()
-    d_new = d_new + d_entry * next_scale
+    d_new = d_new + d_entry.to(d_new.dtype) * next_scale
     d_x0, d_x = d_x0 + d_new * w0, d_new * w
     d_seen = [d_new * weight for weight in older]
     if older:

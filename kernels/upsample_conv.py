@@ -22,7 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # Parity -> which of the two taps of the small picture each of the three taps of the large one falls on.
-TAPS = torch.tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], dtype=torch.float64)  # parity, small tap, large tap
+TAPS = torch.tensor(
+    [[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], dtype=torch.float64
+)  # parity, small tap, large tap
 
 
 def reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

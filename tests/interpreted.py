@@ -160,6 +160,8 @@ def within(ours: Tensor, theirs: Tensor, exact: Tensor, name: str = "output", fa
     assert not ours.isnan().any(), (
         f"{name}: {int(ours.isnan().sum())} of {ours.numel()} values were not written, or are NaN"
     )
+    if not ours.numel():
+        return 0.0
     error, reference = (float((x.double() - exact).abs().max()) for x in (ours, theirs))
     bound = factor * reference + float(exact.abs().max()) * torch.finfo(ours.dtype).eps
     assert error <= bound, f"{name}: error {error:.3g} exceeds {bound:.3g} (the reference's own is {reference:.3g})"
