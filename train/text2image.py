@@ -46,7 +46,7 @@ UNET = UNetConfig(
     cross_only=(False, False), norm_groups=8,
 )  # fmt: skip
 TEXT = CLIPTextConfig(width=128, layers=3, heads=4, mlp=256, positions=vocabulary.LENGTH)
-MIDDLE, WIDTH = -0.3, 1.2  # of the logit of t / T in training
+MIDDLE, WIDTH = 0.0, 1.2  # of the logit of t / T in training
 SCHEDULER = SchedulerConfig(prediction_type="v_prediction", sampler="ddim")
 
 
@@ -86,8 +86,8 @@ def v_weights(alpha_bar: Tensor, gamma: float) -> Tensor:
 def spread_timesteps(count: int, of: int, rng: torch.Generator) -> Tensor:
     """`count` timesteps in 0..of-1 from a logit-normal distribution, one of every stretch of equal chance, in random order.
 
-    Latents as small as these are drowned early: what text and picture decide falls between a fifth and two thirds of the way,
-    so that is where most of the work goes (MIDDLE, WIDTH). Source: Esser et al. 2024, equation 19.
+    Where things lie and what they are is decided in the middle of the way, so that is where most of the work goes (MIDDLE,
+    WIDTH). Source: Esser et al. 2024, equation 19.
     """
     chance = (torch.arange(count) + torch.rand(1, generator=rng)) / count
     place = torch.sigmoid(MIDDLE + WIDTH * torch.special.ndtri(chance.double()))
