@@ -181,7 +181,8 @@ LOKR = Kind(
     },
     "w1 [o1, n1] or w1_a [o1, r], w1_b [r, n1]; w2 [o2, n2, (k, k)] or w2_a [o2, r], w2_b [r, n2·k·k], or Tucker with t2",
     "ΔW = scale · w1 ⊗ w2, o = o1·o2, n = n1·n2",
-    f"{RANK_SCALE} **only where a factor is a product** (rank = w2_b.shape[0], else w1_b.shape[0]); 1 where both are whole",
+    f"{RANK_SCALE} **only where a factor is a product** (rank = w2_b.shape[0], else w1_b.shape[0]); 1 where both are whole "
+    "(but in PEFT's own files alpha / r of the configuration there too)",
 )  # fmt: skip
 FULL = Kind(
     "full difference, norm",

@@ -264,11 +264,10 @@ class Match:
                     found[match["part"], int(match["index"]), match["role"]] = key
         placed: dict[str, tuple[an.Place, an.Ending]] = {}
         for part in {part for part, _, _ in found}:
-            walk = self.walk(part)
-            count = 1 + max(index for owner, index, _ in found if owner == part)
-            if count != len(walk):
-                reason = f"numbers {count} modules, {self.target.title} has {len(walk)} of that kind"
-                self.misfits[f"{part}:{count - 1}"] = f"{reason} (extended files are not read)"
+            walk, own = self.walk(part), {index for owner, index, _ in found if owner == part}
+            if own != set(range(len(walk))):
+                have = f"numbers {len(own)} modules up to {max(own)}, {self.target.title} has {len(walk)} of that kind"
+                self.misfits[f"{part}:{max(own)}"] = f"{have} (files with convolutions, called extended, are not read)"
                 continue
             spelling = an.Spelling("cloneofsimo (numbered)", f"{part}:", part, "numbered")
             for (owner, index, role), key in found.items():
@@ -304,15 +303,28 @@ class Match:
         change.check(weight, bias)
         return change
 
-    def scale(self, part: str, key: str, beside: Tensors, rank: int) -> float:
-        """alpha / rank, by the first rule that the file follows, and a line of the report for it."""
+    def scale(self, part: str, key: str, beside: Tensors, rank: int | None) -> float:
+        """alpha / rank, by the first rule that the file follows, and a line of the report for it.
+
+        Rank None is a LoKr of whole factors: its scale is 1, except in PEFT's own files, whose configuration has a rank.
+        """
+        settings = self.config.get(part, self.config.get("", {}))
+        if rank is None:
+            rank = settings.get("r", 0)
+            if not rank:
+                return 1.0
+            if settings.get("rank_pattern"):
+                raise Misfit("is a LoKr of whole factors, and PEFT's rank_pattern for it is not read")
+            beside = {}
+        if type(rank) is not int or rank < 1:
+            raise Misfit(f"has rank {files.one_line(rank)}")
         if an.SCALE in beside:
             scale, how = number(beside[an.SCALE]), "given as it is"
         elif an.ALPHA in beside:
             alpha = number(beside[an.ALPHA])
             scale, how = alpha / rank, f"alpha {alpha:g} / rank {rank}"
-        elif part in self.config or "" in self.config:
-            scale, how = peft_scale(self.config.get(part, self.config.get("", {})), key, rank)
+        elif settings:
+            scale, how = peft_scale(settings, key, rank)
         else:
             scale, how = 1.0, f"no alpha: taken as the rank {rank}"
         self.scales[f"{scale:.6g} ({how})"] += 1
@@ -385,7 +397,8 @@ def peft_scale(settings: dict, key: str, rank: int) -> tuple[float, str]:
     while "." in ends[-1]:
         ends.append(ends[-1].partition(".")[2])
     patterns = settings["alpha_pattern"]
-    alpha = next((patterns[end] for end in ends if end in patterns), settings.get("lora_alpha", rank))
+    usual = settings.get("lora_alpha", settings.get("alpha", rank))  # LoHa and LoKr call it alpha
+    alpha = next((patterns[end] for end in ends if end in patterns), usual)
     if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) < 1e9:
         raise Misfit(f"PEFT's alpha {files.one_line(alpha)} is no number")
     if settings.get("use_rslora") is True:
@@ -435,7 +448,7 @@ def kronecker(own: Tensors, weight: Tensor, scale) -> Iterator[Change]:
     factor = next((own[role] for role in ("w2_b", "w1_b") if role in own), None)
     for which in ("w1", "w2"):
         need(own, which) if which in own else need(own, f"{which}_a", f"{which}_b")
-    yield changes.Kronecker(**own, scale=1.0 if factor is None else scale(factor.shape[0]))
+    yield changes.Kronecker(**own, scale=scale(None if factor is None else factor.shape[0]))
 
 
 def full(own: Tensors, weight: Tensor, scale) -> Iterator[Change]:
