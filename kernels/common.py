@@ -26,7 +26,8 @@ _WIDEN = tl.constexpr(INTERPRETED)
 def dot(a, b, acc):
     """acc + a @ b, summed in fp32 and without rounding fp32 inputs to tf32.
 
-    The interpreter would multiply the bits of bf16 numbers, not their values: there both are widened first, which changes nothing.
+    The interpreter would multiply the bits of bf16 numbers, not their values: there both are widened first, which changes
+    nothing.
     """
     if _WIDEN:
         a, b = a.to(tl.float32), b.to(tl.float32)

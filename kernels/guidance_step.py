@@ -1,8 +1,8 @@
 """Guidance and the sampler's move in one kernel: from the network's output to the next x and the next network input.
 
-Whatever the sampler, the next x is a weighted sum of the x's and x0's seen so far (see `sdcore.solvers`), so one kernel serves all
-of them. What changes from step to step is a row of numbers that lies on the device: a captured graph is replayed with the next
-row, and the host is never asked. Written in PyTorch the same is some fifteen launches on tensors of a few kilobytes.
+Whatever the sampler, the next x is a weighted sum of the x's and x0's seen so far (see `sdcore.solvers`), so one kernel serves
+all of them. What changes from step to step is a row of numbers that lies on the device: a captured graph is replayed with the
+next row, and the host is never asked. Written in PyTorch the same is some fifteen launches on tensors of a few kilobytes.
 
     output = negative + guidance (positive - negative)          where the batch holds both, negative first
     x0     = from_x x + from_out output

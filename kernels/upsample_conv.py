@@ -8,9 +8,11 @@ the same pixel depends on nothing but whether the row and the column are even or
     out[2 i + 1] = (W0 + W1) x[i] + W2 x[i + 1]
 
 The zeros around the upsampled picture become zeros around the small one, so the borders need no care. Multiplications fall to
-4/9. In exact arithmetic the result is the same. In floating point it differs by rounding: `fold` adds taps in fp64 and rounds once to
-the dtype of the weight, half an ulp of a sum of up to four taps, and the convolution adds fewer, larger products. Against fp64 the
-error is of the size of the plain convolution's own (the tests measure both).
+4/9. In exact arithmetic the result is the same. In floating point it differs by rounding: `fold` adds taps in fp64 and rounds
+once to the dtype of the weight, half an ulp of a sum of up to four taps, and the convolution adds fewer, larger products.
+Against fp64 the error is of the size of the plain convolution's own: the tests hold it to twice that.
+
+This file is PyTorch and runs anywhere; `sdcore.kernels.conv` has the kernel that writes all four parities itself.
 
 Source: Aitken et al. 2017 (1707.02937), section 3, where the same equality serves to initialise sub-pixel convolutions.
 
@@ -21,10 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Parity -> which of the two taps of the small picture each of the three taps of the large one falls on.
-TAPS = torch.tensor(
-    [[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], dtype=torch.float64
-)  # parity, small tap, large tap
+# Which of the two taps of the small picture each of the three taps of the large one falls on: [parity, small tap, large tap].
+TAPS = torch.tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], dtype=torch.float64)
 
 
 def reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -42,12 +42,7 @@ def fold(weight: Tensor) -> Tensor:
     return folded.flatten(0, 2).to(weight.dtype).contiguous()
 
 
-def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`reference` by way of the small picture. Who calls it twice with one weight folds once and calls `convolve`."""
-    return convolve(x, fold(weight), bias)
-
-
-def convolve(x: Tensor, folded: Tensor, bias: Tensor | None = None) -> Tensor:
+def upsample_conv(x: Tensor, folded: Tensor, bias: Tensor | None = None) -> Tensor:
     """`reference` with the weights that `fold` made: x [b, c, h, w], folded [4 o, c, 2, 2], bias [o] -> [b, o, 2 h, 2 w].
 
     One convolution with the zeros of both sides gives all parities at (h + 1) (w + 1) places, of which every parity uses h w:

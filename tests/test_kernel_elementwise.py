@@ -127,7 +127,7 @@ def test_upsample_conv_is_exact(size, last):
     weight = torch.randn(7, 6, 3, 3, dtype=torch.float64, requires_grad=True)
     bias = torch.randn(7, dtype=torch.float64, requires_grad=True)
     plain = upsample_conv.reference(x, weight, bias)
-    folded = upsample_conv.upsample_conv(x, weight, bias)
+    folded = upsample_conv.upsample_conv(x, upsample_conv.fold(weight), bias)
     push = torch.randn_like(plain)
     assert torch.allclose(folded, plain, rtol=0, atol=1e-13)
     for ours, theirs in zip(*(torch.autograd.grad(y, (x, weight, bias), push) for y in (folded, plain)), strict=True):
@@ -141,7 +141,7 @@ def test_upsample_conv_rounds_no_worse(dtype):
     """Against fp64, at the width of the autoencoder: at most twice the error of the plain convolution."""
     x, weight = torch.randn(1, 256, 8, 8).to(dtype), (torch.randn(32, 256, 3, 3) / 48).to(dtype)
     exact = upsample_conv.reference(x.double(), weight.double())
-    folded = upsample_conv.upsample_conv(x, weight)
+    folded = upsample_conv.upsample_conv(x, upsample_conv.fold(weight))
     within(folded, upsample_conv.reference(x, weight), exact)
 
 
