@@ -1,7 +1,7 @@
 """Attention without the matrix of scores: forward, and backward by working the scores out again.
 
-Attention is out = softmax(q k^T / sqrt(d)) v for every head. The scores of a 1024 px picture would be gigabytes; they never leave
-the chip. A program holds one tile of queries and walks over the keys, tile by tile, keeping for every query the largest score seen
+Attention is out = softmax(q k^T / sqrt(d)) v for every head. The scores of a large picture would be gigabytes; they never leave
+the chip. A program holds one tile of queries and walks over the keys, tile by tile, keeping for each query the largest score seen
 so far, the sum of exponentials and the weighted sum of the values; when a larger score turns up, both sums shrink accordingly.
 Powers are of 2, with log2(e) folded into the scale: the hardware has no other.
 
@@ -14,10 +14,10 @@ Backward keeps only `lse`, one number a query, and works p out again, once by ti
 Layout. Heads lie side by side in the width, as the projections write them; a program finds its head by its columns, so nothing
 is transposed, and any row and batch stride will do: q, k and v may be views of one fused projection.
 
-Width. Tensor cores take powers of two, the heads of the released models are 40, 64, 80 and 160 wide. A head is cut into two such
-pieces where that is less than the next power of two: 80 = 64 + 16, 160 = 128 + 32, and 40 -> 32 + 16 with the last 8 columns empty.
-That is 48 columns in place of 64: a quarter fewer multiplications, registers and shared memory. The scores are the sum of the
-products of the pieces, the output has an accumulator for each.
+Width. Tiles are powers of two, the heads of the released models are 40, 64, 80 and 160 wide. A head is cut into two such pieces
+where that is less than the next power of two: 80 = 64 + 16, 160 = 128 + 32, and 40 -> 32 + 16 with the last 8 columns empty. The
+scores are the sum of the products of the pieces, the output has an accumulator for each. (40 as 64 would need no second product,
+but a third more multiplications and shared memory: 512 against 384 cycles of the tensor cores for a tile of 128 x 64 on sm_90.)
 
 Ragged ends. Whole tiles are read without a mask; what remains is walked in steps of 16: the 77 tokens of a text are 64 + 16.
 
@@ -40,7 +40,7 @@ from torch import Tensor
 COUNTS = ["heads", "queries", "keys"]  # arguments whose divisors make no faster code
 EDGE = tl.constexpr(16)  # step of the walk over a ragged end: the least that tensor cores take
 
-# ------------------------------------------------------------------------------------------- a tile of a head, in one or two pieces
+# ----------------------------------------------------------------------------------------- a tile of a head, in one or two pieces
 
 
 @triton.jit
@@ -57,7 +57,9 @@ def _row_of_numbers(x, queries):
 
 
 @triton.jit
-def _load_piece(x, rows, stride, length, D: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr, RAGGED: tl.constexpr):
+def _load_piece(
+    x, rows, stride, length, D: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr, RAGGED: tl.constexpr
+):
     """[r, WIDTH] from column FIRST on; zero outside the head and, where the tile is ragged, from row `length` on."""
     columns = FIRST + tl.arange(0, WIDTH)
     pointers = x + rows[:, None] * stride + columns[None, :]
@@ -342,28 +344,22 @@ def tile(kernel: str, d: int, dtype: torch.dtype) -> Tile:
     return TILES[kernel, widest, dtype.itemsize]
 
 
-TILES = {
+# Chosen by what the compiler makes of them for sm_90 (registers, shared memory, instructions of the loop), not yet by a clock.
+# 128 queries a tile halve what is read of the keys; 64 where a wide head leaves no registers for more, or where 128 would leave
+# processors idle. fp32 does not use the tensor cores.
+TILES = {  # (kernel, width of the pieces up to, bytes a number)
     ("forward", 64, 2): Tile(128, 64, 4, 3),
-    ("forward", 96, 2): Tile(64, 64, 4, 3),
+    ("forward", 96, 2): Tile(128, 64, 8, 3),
     ("forward", 192, 2): Tile(64, 64, 4, 2),
-    ("queries", 64, 2): Tile(64, 64, 4, 2),
+    ("queries", 64, 2): Tile(128, 64, 8, 2),
     ("queries", 96, 2): Tile(64, 64, 4, 2),
     ("queries", 192, 2): Tile(64, 32, 4, 2),
-    ("keys", 64, 2): Tile(64, 64, 4, 2),
+    ("keys", 64, 2): Tile(64, 128, 8, 2),
     ("keys", 96, 2): Tile(64, 64, 4, 2),
-    ("keys", 192, 2): Tile(32, 64, 8, 2),
-    ("forward", 64, 4): Tile(32, 32, 4, 2),
-    ("forward", 96, 4): Tile(32, 32, 4, 2),
-    ("forward", 192, 4): Tile(32, 32, 4, 2),
-    ("queries", 64, 4): Tile(32, 32, 4, 2),
-    ("queries", 96, 4): Tile(32, 32, 4, 2),
-    ("queries", 192, 4): Tile(32, 32, 4, 2),
-    ("keys", 64, 4): Tile(32, 32, 4, 2),
-    ("keys", 96, 4): Tile(32, 32, 4, 2),
-    ("keys", 192, 4): Tile(32, 32, 4, 2),
-}
+    ("keys", 192, 2): Tile(64, 64, 8, 2),
+} | {(kernel, width, 4): Tile(32, 32, 4, 2) for kernel in ("forward", "queries", "keys") for width in (64, 96, 192)}
 WIDEST = 192  # head; a wider accumulator would not fit the registers
-PROGRAMS = 256  # the keys of a text are few: their gradients are summed by at least so many programs, if the queries suffice
+PROGRAMS = 256  # the keys of a text are few: about so many programs share the queries that look at them
 
 
 def constants(kernel: str, d: int, dtype: torch.dtype, causal: bool, upcast: bool) -> dict:
@@ -412,7 +408,7 @@ def backward(
     cut = tile("keys", d, q.dtype)
     tiles = triton.cdiv(keys, cut.N)
     parts = max(1, min(PROGRAMS // (tiles * b * heads), s // (4 * cut.M)))
-    share = triton.cdiv(triton.cdiv(s, parts), cut.M) * cut.M  # queries a part looks at: whole tiles, but for the last part
+    share = triton.cdiv(s, parts * cut.M) * cut.M  # queries of a part: whole tiles, but for the last part
     parts = triton.cdiv(s, share)
     dk, dv = (empty((parts, *k.shape), k, k.dtype if parts == 1 else torch.float32) for _ in range(2))
     attention_backward_keys[tiles, b * heads, parts](
@@ -483,37 +479,32 @@ attention.accepts = accepts  # type: ignore[attr-defined]
 
 
 HEADS = (40, 64, 80, 160)  # widths in the released UNets; the text towers have 64
-
-
-def builds() -> list[Build]:
-    """What may be launched for the released models.
-
-    Heads of 64 also see causally (text towers) and, in fp16, with exact probabilities (SD 2.1). fp32 is built with 64 alone: there
-    the tensor cores have no part.
-    """
-    kinds = [(d, dtype, False, False) for d in HEADS for dtype in (torch.float16, torch.bfloat16)]
-    kinds += [(64, torch.float16, True, False), (64, torch.bfloat16, True, False)]
-    kinds += [(64, torch.float16, False, True), (64, torch.bfloat16, False, True)]
-    kinds += [(d, torch.float32, False, False) for d in HEADS]
-    return [_build(kernel, *kind) for kernel in KERNELS for kind in kinds]
-
-
 KERNELS = {
     "forward": attention_forward,
     "queries": attention_backward_queries,
     "keys": attention_backward_keys,
+    "keys in parts": attention_backward_keys,  # sums of a share of the queries, in fp32
 }
 
 
+def builds() -> list[Build]:
+    """What may be launched for the released models. Heads of 64 also see causally (text towers) and under upcast (SD 2.1)."""
+    kinds = [(d, dtype, False, False) for dtype in FLOATS for d in HEADS]
+    kinds += [(64, dtype, True, False) for dtype in FLOATS] + [(64, dtype, False, True) for dtype in FLOATS[:2]]
+    return [_build(kernel, *kind) for kernel in KERNELS for kind in kinds]
+
+
 def _build(kernel: str, d: int, dtype: torch.dtype, causal: bool, upcast: bool) -> Build:
-    t, cut = name_of(dtype), tile(kernel, d, dtype)
-    types = dict.fromkeys(("q", "k", "v", "out", "dout", "dq", "dk", "dv"), f"*{t}")
+    t, part = name_of(dtype), kernel == "keys in parts"
+    cut = tile(kernel.split()[0], d, dtype)
+    types = dict.fromkeys(("q", "k", "v", "out", "dout", "dq"), f"*{t}")
+    types |= dict.fromkeys(("dk", "dv"), "*fp32" if part else f"*{t}")
     types |= {"lse": "*fp32", "delta": "*fp32", "scale": "fp32", "shrink": "fp32"}
     return build(
         f"attention {kernel} {t} {d}{' causal' * causal}{' upcast' * upcast}",
         KERNELS[kernel],
-        constants(kernel, d, dtype, causal, upcast),
-        odd=("heads", "queries", "keys"),
+        constants(kernel.split()[0], d, dtype, causal, upcast),
+        odd=COUNTS,
         warps=cut.warps,
         stages=cut.stages,
         expects=() if dtype == torch.float32 else ("wgmma",),

@@ -1,9 +1,8 @@
 """Attention of the autoencoder: one head as wide as the channels (512), over every position of the latent.
 
-A head this wide does not fit the walk of `attention.py`: its accumulator alone would fill the registers. Nor does it need to. Every
-score costs 512 multiplications, so two plain matrix products with a softmax in between are near the best there is: the scores are
-written and read at a small part of the time that the products take. The queries are taken in chunks, so that the scores never
-need more than 256 MiB, however large the picture.
+A head this wide does not fit the walk of `attention.py`: its accumulator alone would fill the registers. Nor does it need to. A
+score costs 1024 multiplications, so two plain matrix products with a softmax in between are near the best there is. The queries
+are taken in chunks, so that the scores never need more than 256 MiB, however large the picture.
 
     s = scale q k^T,  scale = log2(e) / sqrt(d)       one product, its result kept in fp32: half precision would cost two digits
     p = 2^(s - lse),  lse = log2(sum_k 2^s)           the softmax of a row, in one kernel
@@ -13,8 +12,8 @@ Backward keeps `lse` and works s and p out again, chunk by chunk:
 
     delta = sum_d(dout * out);   ds = p * (dout v^T - delta);   dq = ds k / sqrt(d),  dk = ds^T q / sqrt(d),  dv = p^T dout
 
-The kernel `product` is the product whose result is wider than its factors, which PyTorch lacks on the CPU: s, dout v^T, and the sums
-of dk and dv over the chunks. The others are `torch.bmm`.
+The kernel `product` is the matrix product whose result is wider than its factors: s, dout v^T, and all that goes into a gradient.
+Where both are of one dtype, the product is PyTorch's.
 
 Source: Vaswani et al. 2017, equation 1; Rabe & Staats 2021 (chunks of queries).
 

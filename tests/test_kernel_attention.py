@@ -1,0 +1,326 @@
+"""Attention without the matrix of scores, of every head width, and the same in the graphs of a whole UNet.
+
+Numbers are judged against fp64, by the rule of `tests/interpreted.py`. Sizes are the least that still have a whole tile, a ragged
+end, and several of each; the kernels know no others.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from sdcore.kernels import attention as file
+from sdcore.kernels import common
+from sdcore.kernels.attention import HEADS, accepts, attention, pieces
+from torch import Tensor
+
+from sdcore import ops
+from sdcore.unet import SD15, UNet
+from tests import peers
+from tests.interpreted import DEVICE, check, check_tracing, compiled, inspect, interpreted, leaf, run_in_interpreter
+
+test_in_the_interpreter = run_in_interpreter(__file__)
+FLOATS = pytest.mark.parametrize("dtype", common.FLOATS, ids=common.name_of)
+HALVES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=common.name_of)
+REFERENCE = ops.REFERENCES["attention"]
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, scale: float = 1.0) -> Tensor:
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return (torch.randn(shape, generator=generator) * scale).to(DEVICE, dtype)
+
+
+def inputs(d: int, queries: int, keys: int, dtype: torch.dtype, heads: int = 2, batch: int = 1) -> list[Tensor]:
+    """q, k, v that ask for gradients."""
+    shapes = [(batch, n, heads * d) for n in (queries, keys, keys)]
+    return [normal(*shape, dtype=dtype, seed=i).requires_grad_() for i, shape in enumerate(shapes)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------- numbers
+
+
+@interpreted
+@FLOATS
+@pytest.mark.parametrize("d", HEADS)
+def test_head_widths_of_the_released_models(d, dtype):
+    """The 77 tokens of a text: a whole tile of keys and a ragged end; two heads, as many as can be confused."""
+    q, k, v = inputs(d, 21, 77, dtype)
+    assert accepts(q, k, v, 2)
+    check(attention, REFERENCE, q, k, v, 2)
+
+
+@interpreted
+@pytest.mark.parametrize("d", [8, 24, 32, 104, 128, 192])
+def test_other_head_widths(d):
+    """Less than a piece, two pieces that make one, one exactly, a vision tower's, the widest."""
+    q, k, v = inputs(d, 9, 20, torch.float16)
+    assert accepts(q, k, v, 2)
+    check(attention, REFERENCE, q, k, v, 2)
+
+
+@interpreted
+@HALVES
+@pytest.mark.parametrize("queries, keys", [(1, 2), (17, 16), (128, 64), (129, 65), (3, 144)], ids=str)
+def test_lengths(queries, keys, dtype):
+    """Hardly anything, whole tiles without an end, tiles and one more, two tiles and a step."""
+    q, k, v = inputs(40, queries, keys, dtype, heads=1)
+    check(attention, REFERENCE, q, k, v, 1)
+
+
+@interpreted
+@FLOATS
+@pytest.mark.parametrize("queries", [1, 130])
+def test_a_single_key(queries, dtype):
+    """Every query gets its value; the scores decide nothing, so that nothing but rounding comes back to q and k."""
+    q, k, v = inputs(40, queries, 1, dtype)
+    check(attention, REFERENCE, q.detach(), k.detach(), v, 2)
+    assert torch.equal(attention(q, k, v, 2), v.expand_as(q))
+    for gradient in torch.autograd.grad(attention(q, k, v, 2).sum(), (q, k)):
+        assert gradient.abs().max() < 1e-5 * queries
+
+
+@interpreted
+@FLOATS
+def test_batches_of_long_self_attention(dtype):
+    """Several tiles of queries and of keys in both directions, two pictures, three heads."""
+    q, k, v = inputs(16, 150, 150, dtype, heads=3, batch=2)
+    check(attention, REFERENCE, q, k, v, 3)
+
+
+@interpreted
+@HALVES
+def test_text_sees_only_what_came_before(dtype):
+    q, k, v = inputs(64, 77, 77, dtype)
+    check(attention, REFERENCE, q, k, v, 2, causal=True)
+
+
+@interpreted
+@pytest.mark.parametrize("queries, keys", [(5, 40), (140, 20)], ids=str)
+def test_causal_with_other_lengths_counts_from_the_first_token(queries, keys):
+    """As PyTorch has it: query i sees the keys up to i, wherever either ends."""
+    q, k, v = inputs(16, queries, keys, torch.float32)
+    check(attention, REFERENCE, q, k, v, 2, causal=True)
+
+
+@interpreted
+@HALVES
+def test_upcast_is_as_good_as_fp32(dtype):
+    """The rule holds against a reference whose only roundings are those of the results."""
+    q, k, v = inputs(64, 40, 77, dtype)
+    check(attention, REFERENCE, q, k, v, 2, upcast=True)
+
+
+@interpreted
+@HALVES
+def test_probabilities_that_half_precision_would_round_are_exact_under_upcast(dtype):
+    """Twelve equal scores: 1 / 12 each. A value and its negative cancel to the last bit only if nothing was lost on the way."""
+    q, k, v = inputs(16, 3, 24, dtype, heads=1)
+    plain, exact = (attention(q, k, v, 1, False, upcast).double() for upcast in (False, True))
+    truth = REFERENCE(*(x.double() for x in (q, k, v)), 1)
+    rounded = truth.to(dtype).double()
+    assert (exact == rounded).double().mean() >= 0.97  # a few lie within 1e-5 of the middle between two numbers
+    assert (plain == rounded).double().mean() < 0.97
+
+
+@interpreted
+@FLOATS
+def test_scores_beyond_half_precision(dtype):
+    """All scores are near 65536, where fp16 has ended, and near 8192 after the scale, where exponentials are infinite."""
+    q, k, v = inputs(64, 6, 40, dtype)
+    with torch.no_grad():
+        q[..., 63::64] = 256
+        k[..., 63::64] = 256
+    check(attention, REFERENCE, q, k, v, 2)
+
+
+@interpreted
+@HALVES
+def test_one_key_far_above_the_others(dtype):
+    """Its value is the output, and nothing overflows or is divided by zero on the way back."""
+    q, k, v = inputs(64, 6, 40, dtype)
+    with torch.no_grad():
+        q *= 180
+        k *= 180
+    check(attention, REFERENCE, q.detach(), k.detach(), v.detach(), 2)
+    for gradient in torch.autograd.grad(attention(q, k, v, 2).sum(), (q, k, v)):
+        assert gradient.isfinite().all()
+
+
+@interpreted
+def test_the_largest_score_may_come_last_or_first():
+    """The sums shrink when a larger score turns up in a later tile, and do not when it came before."""
+    for order in (1, -1):
+        q, k, v = inputs(16, 4, 140, torch.float32, heads=1)
+        with torch.no_grad():
+            q.fill_(1.0)
+            k.copy_(torch.linspace(-2, 2, 140, device=DEVICE)[::order, None].expand(140, 16)[None])
+        check(attention, REFERENCE, q, k, v, 1)
+
+
+@interpreted
+def test_all_scores_far_below_zero():
+    """Then the zeros that stand in for keys beyond the end would be the largest by far, and 2^(0 - lse) infinite."""
+    q, k, v = inputs(16, 20, 20, torch.float32, heads=1)
+    with torch.no_grad():
+        q.abs_().add_(5)
+        k.abs_().add_(5).neg_()
+    check(attention, REFERENCE, q, k, v, 1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------- layouts
+
+
+@interpreted
+@HALVES
+def test_views_of_a_fused_projection(dtype):
+    """q, k and v side by side in one tensor, every second row of a longer one: read where they are."""
+    fused = normal(2, 44, 3 * 80, dtype=dtype)[:, ::2]
+    q, k, v = (x.requires_grad_() for x in fused.chunk(3, dim=-1))
+    assert not q.is_contiguous() and accepts(q, k, v, 2)
+    check(attention, REFERENCE, q, k, v, 2)
+
+
+@interpreted
+def test_each_input_has_its_own_strides():
+    """Queries on their own, keys every second row of something longer, values beside something else."""
+    q = normal(2, 30, 80, dtype=torch.float16)
+    k = normal(2, 40, 80, dtype=torch.float16, seed=1)[:, ::2]
+    v = normal(2, 20, 240, dtype=torch.float16, seed=2)[:, :, 80:160]
+    check(attention, REFERENCE, *(x.requires_grad_() for x in (q, k, v)), 2)
+
+
+@interpreted
+def test_keys_and_values_shared_by_the_batch():
+    """An expanded tensor has a batch stride of 0."""
+    q, k, v = (x.detach() for x in inputs(40, 12, 77, torch.float32, batch=2))
+    k, v = k[:1].expand(2, -1, -1), v[:1].expand(2, -1, -1)
+    assert accepts(q, k, v, 2)
+    ours, theirs = attention(q, k, v, 2), REFERENCE(q.double(), k.double(), v.double(), 2)
+    assert (ours - theirs).abs().max() < 1e-6 * 4
+
+
+@interpreted
+@pytest.mark.parametrize("push", ["one number everywhere", "transposed"])
+def test_gradients_of_any_layout(push):
+    q, k, v = inputs(16, 10, 12, torch.float32)
+
+    def gradients(function):
+        given = [leaf(x) for x in (q, k, v)]
+        out = function(*given, 2)
+        loss = out.sum() if push == "one number everywhere" else (out.mT * normal(1, 32, 10, seed=9)).sum()
+        return torch.autograd.grad(loss, given)
+
+    for ours, theirs in zip(gradients(attention), gradients(REFERENCE), strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+@interpreted
+def test_gradients_of_a_text_are_summed_over_parts_of_the_picture():
+    """Few keys, many queries: several programs share the queries of one tile of keys, and the last has a ragged end."""
+    q, k, v = inputs(40, 600, 20, torch.bfloat16, heads=1)
+    check(attention, REFERENCE, q, k, v, 1)
+
+
+@interpreted
+def test_refused():
+    """What the kernel does not read is left to the definition."""
+    q, k, v = inputs(40, 8, 8, torch.float16)
+    assert accepts(q, k, v, 2)
+    assert not accepts(q, k, v.float(), 2)
+    assert not accepts(q.double(), k.double(), v.double(), 2)
+    assert not accepts(*inputs(12, 8, 8, torch.float16), 2)  # 12 is no multiple of 8
+    assert not accepts(*inputs(40, 8, 8, torch.float16, heads=3), 7)
+    assert not accepts(q, k, v[:, :4], 2)
+    assert not accepts(q, k[:, :0], v[:, :0], 2)
+    assert not accepts(q.mT.contiguous().mT, k, v, 2)  # a row's numbers lie apart
+    assert not accepts(*(x.to("meta") for x in (q, k, v)), 2)
+
+
+@interpreted
+def test_what_is_refused_runs_as_defined():
+    x = torch.randn(1, 5, 24, device=DEVICE)
+    with ops.using(attention=attention):
+        assert torch.equal(ops.attention(x, x, x, 2), REFERENCE(x, x, x, 2))
+
+
+def test_pieces():
+    """Every width is covered, by at most half as much again; those of the released models by their own sum."""
+    assert [pieces(d) for d in (40, 64, 80, 160)] == [(32, 16), (64, 0), (64, 16), (128, 32)]
+    for d in range(8, 193, 8):
+        main, rest = pieces(d)
+        assert d <= main + rest < max(17, 1.6 * d)
+        assert all(n == 0 or (n >= 16 and n & (n - 1) == 0) for n in (main, rest)) and rest < main
+
+
+@compiled
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about the CPU")
+def test_the_cpu_runs_the_definition():
+    assert not accepts(*inputs(40, 8, 8, torch.float32), 2)
+
+
+# ------------------------------------------------------------------------------------------------------------------------ graphs
+
+
+@interpreted
+def test_registered_operations():
+    """PyTorch's own examination: schema, shapes without numbers, autograd, dynamic shapes."""
+    q, k, v = inputs(16, 10, 12, torch.float32)
+    torch.library.opcheck(file.forward, (q, k, v, 2, False, False))
+    with torch.no_grad():
+        out, lse = file.forward(q, k, v, 2, False, False)
+        torch.library.opcheck(file.backward, (torch.ones_like(out), q, k, v, out, lse, 2, False, False))
+
+
+@interpreted
+def test_one_node_of_a_graph():
+    check_tracing("attention", attention, *inputs(16, 10, 12, torch.float16), 2)
+
+
+@interpreted
+def test_a_whole_unet_traces_with_the_kernel():
+    """`torch.compile(fullgraph=True)` and `torch.export`: an attention node for each of the UNet's, and the same numbers."""
+    config = replace(peers.small(SD15), channels=(32, 64), depths=(1, 0), heads=(4, 4), layers=1, mid_depth=1)
+    unet = peers.randomise(UNet(config).to("meta")).to(DEVICE).eval()
+    (x, t, context, _, _), _ = peers.inputs(config, size=(4, 4), batch=1, tokens=5)
+    given = tuple(i.to(DEVICE) for i in (x, t, context))
+    attentions = sum(name.endswith(("attn1", "attn2")) for name, _ in unet.named_modules())
+    torch._dynamo.reset()
+    with torch.no_grad(), ops.using(attention=attention):
+        plain = unet(*given)
+        assert torch.equal(torch.compile(unet, fullgraph=True, backend="aot_eager")(*given), plain)
+        exported = torch.export.export(unet, given)
+        assert torch.equal(exported.module()(*given), plain)
+    nodes = [n for n in exported.graph.nodes if "sdcore.attention" in str(n.target)]
+    assert len(nodes) == attentions > 0
+    defined = unet(*given)
+    assert not torch.equal(plain, defined) and (plain - defined).abs().max() < 1e-4 * defined.abs().max()
+
+
+# ------------------------------------------------------------------------------------------------------------------------ builds
+
+EXTREMES = (
+    "attention forward bf16 160",
+    "attention queries bf16 160",
+    "attention keys bf16 160",
+    "attention forward bf16 40",
+)
+
+
+@compiled
+@pytest.mark.parametrize(
+    "build",
+    [pytest.param(b, id=b.name, marks=[] if b.name in EXTREMES else [pytest.mark.check]) for b in file.builds()],
+)
+def test_builds(build):
+    """No spills, shared memory within bounds, warp-group products on Hopper. Four in every run, all in `make check`."""
+    inspect(build)
+
+
+@compiled
+def test_builds_cover_what_is_launched():
+    """Every operation, dtype and head width of the released models."""
+    names = [b.name for b in file.builds()]
+    assert len(set(names)) == len(names)
+    for kernel in ("forward", "queries", "keys", "keys in parts"):
+        for dtype in common.FLOATS:
+            for d in HEADS:
+                assert f"attention {kernel} {common.name_of(dtype)} {d}" in names
