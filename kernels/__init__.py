@@ -24,6 +24,7 @@ FILES = {
     "add_layer_norm": "layer_norm",
     "vae_attention": "vae_attention",
     "upsample_conv": "upsample_conv",
+    "conv": "conv",
     "gemm": "gemm",
     "lora_linear": "lora_linear",
     "guidance_step": "guidance_step",

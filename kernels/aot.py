@@ -11,7 +11,6 @@ and its machine code is disassembled with the `cuobjdump` that ships inside the 
 What this cannot see is speed: that is measured on a GPU (`make gpu`).
 """
 
-import json
 import re
 import subprocess
 import tempfile
@@ -21,6 +20,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import triton
 from sdcore.kernels import FILES
@@ -176,9 +176,9 @@ def report(results: Sequence[Compiled]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def document(results: Sequence[Compiled]) -> str:
-    """The results as one line of JSON."""
-    return json.dumps({"what": "compile", "triton": triton.__version__, "builds": [asdict(r) for r in results]})
+def document(results: Sequence[Compiled]) -> dict[str, Any]:
+    """The results as a document."""
+    return {"what": "compile", "triton": triton.__version__, "builds": [asdict(r) for r in results]}
 
 
 def write_report(results: Sequence[Compiled], path: Path) -> None:

@@ -26,24 +26,28 @@ class Verdict(NamedTuple):
     why: str
 
 
-def judge(
-    kernel: Callable, reference: Callable, inputs: dict[str, Any], gradients: bool = False, seed: int = 0
-) -> Verdict:
-    """Run kernel and reference on copies of the same inputs, by name, and compare both with the reference in fp64.
+class Case:
+    """One set of inputs, by name, with what is exact and what PyTorch makes of them; judges any number of kernels.
 
     With `gradients`, those of all floating inputs under random output gradients are compared too.
     """
-    exact = results(reference, inputs, gradients, seed, torch.float64)
-    theirs = results(reference, inputs, gradients, seed)
-    before, common.poison = common.poison, True
-    try:
-        ours = results(kernel, inputs, gradients, seed)
-    finally:
-        common.poison = before
-    if ours.keys() != exact.keys():
-        return Verdict(False, float("inf"), f"gives {', '.join(ours)}; the reference gives {', '.join(exact)}")
-    verdicts = [compare(name, ours[name], theirs[name], exact[name]) for name in exact]
-    return max(verdicts, key=lambda verdict: (not verdict.right, verdict.ratio))
+
+    def __init__(self, reference: Callable, inputs: dict[str, Any], gradients: bool = False, seed: int = 0):
+        self.inputs, self.gradients, self.seed = inputs, gradients, seed
+        self.exact = results(reference, inputs, gradients, seed, torch.float64)
+        self.theirs = results(reference, inputs, gradients, seed)
+
+    def judge(self, kernel: Callable) -> Verdict:
+        """Run a kernel on copies of the inputs and compare."""
+        before, common.poison = common.poison, True
+        try:
+            ours = results(kernel, self.inputs, self.gradients, self.seed)
+        finally:
+            common.poison = before
+        if ours.keys() != self.exact.keys():
+            return Verdict(False, float("inf"), f"gives {', '.join(ours)}; the reference gives {', '.join(self.exact)}")
+        verdicts = [compare(name, ours[name], self.theirs[name], self.exact[name]) for name in self.exact]
+        return max(verdicts, key=lambda verdict: (not verdict.right, verdict.ratio))
 
 
 def compare(name: str, ours: Tensor, theirs: Tensor, exact: Tensor) -> Verdict:
