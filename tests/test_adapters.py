@@ -390,12 +390,48 @@ def test_damaged_files_are_one_line(tmp_path, written):
         adapters.read_adapter(target)
 
 
+@pytest.mark.parametrize("kind", an.KINDS, ids=lambda kind: kind.title)
+def test_any_shapes_are_read_or_refused(kind, tmp_path):
+    """Tensors of random shapes and types under a kind's names: an AdapterError, or a change that can be worked out."""
+    generator = torch.Generator().manual_seed(0)
+    target, module = adapters.target_of(af.pipe_of("sd1")), "mid_block.attentions.0.proj_in"
+    weight, bias = target.weights["unet"][module]
+    sizes = (0, 1, 2, len(weight), 3)
+    for _ in range(60):
+        tensors = {}
+        for role, endings in (kind.endings | {role: endings for role, (endings, _) in an.BESIDE.items()}).items():
+            if torch.rand((), generator=generator) < (0.8 if role in kind.endings else 0.15):
+                ndim = int(torch.randint(0, 5, (), generator=generator))
+                shape = [sizes[int(torch.randint(0, 5, (), generator=generator))] for _ in range(ndim)]
+                dtype = (torch.float32, torch.float16, torch.int32)[
+                    int(torch.randint(0, 12, (), generator=generator)) // 5
+                ]
+                tensors[f"unet.{module}{endings[0]}"] = torch.ones(shape, dtype=dtype)
+        if not tensors:
+            continue
+        files.write(tmp_path / "odd.safetensors", tensors)
+        match = adapters.Match(files.read(tmp_path / "odd.safetensors"), {}, target)
+        for change in match.parts.get("unet", {}).values():
+            change.delta(weight), change.bias_delta(bias)
+        assert match.parts or "\n" not in match.complaint()
+
+
+def test_oft_without_alpha_has_no_constraint(tmp_path, written):
+    tensors = files.read(written("oft-constraint", "sd1").path).tensors
+    without = {key: tensor for key, tensor in tensors.items() if not key.endswith(".alpha")}
+    one, other = (read(tmp_path, table, af.pipe_of("sd1"))[0].parts["unet"]["conv_in"] for table in (tensors, without))
+    assert one.constraint == pytest.approx(0.001 * 16) and other.constraint == 0
+
+
 def test_numbered_files_count_their_modules(tmp_path, written):
     """cloneofsimo's numbers mean something only when the whole walk is there."""
     tensors = dict(files.read(written("cloneofsimo", "sd1").path).tensors)
     del tensors["unet:17:up"], tensors["unet:17:down"], tensors["<sks>"]
     with pytest.raises(AdapterError, match="numbers 143 modules up to 143"):
         read(tmp_path, tensors, af.pipe_of("sd1"))
+    whole = files.read(written("cloneofsimo", "sd1").path)
+    with pytest.raises(AdapterError, match="another rank than the metadata"):
+        read(tmp_path, whole.tensors, af.pipe_of("sd1"), whole.metadata | {"unet:9:rank": "8"})
     tensors = {key: t for key, t in tensors.items() if not key.startswith("unet:143")}
     tensors |= {f"unet:200:{role}": torch.ones(3, 3) for role in ("up", "down")}
     with pytest.raises(AdapterError, match="extended"):

@@ -44,7 +44,7 @@ def sgm(names: Iterable[str], unet) -> dict[str, str]:
 
 
 def processors(names: Iterable[str], unet) -> dict[str, str]:
-    """The attention's projections, said to belong to its `processor`; the output projection without its `.0`."""
+    """The attention's projections, mostly said to belong to its `processor`; the output projection without its `.0`."""
     spelled = {}
     for name in names:
         attention, found, projection = name.rpartition(".to_")
@@ -59,7 +59,7 @@ PATHS: dict[str, tuple[Callable[[Iterable[str], object], dict[str, str]], str]] 
     "dotted": (dotted, "the module's name"),
     "underscored": (underscored, "the module's name, `.` as `_`"),
     "sgm": (sgm, "the module's name in the original single file, `.` as `_`"),
-    "processors": (processors, "the attention's name, `.processor`, its projection (`to_out` without `.0`)"),
+    "processors": (processors, "the attention's name, `.processor` or not, its projection (`to_out` without `.0`)"),
 }
 
 

@@ -230,6 +230,7 @@ class Match:
             group = groups.setdefault(place[:2], {})
             if ending in group:
                 self.misfits[key] = f"says the same as {group[ending][0]}: two adapters in one file"
+                continue
             group[ending] = (key, tensor)
         return groups
 
@@ -272,6 +273,9 @@ class Match:
             spelling = an.Spelling("cloneofsimo (numbered)", f"{part}:", part, "numbered")
             for (owner, index, role), key in found.items():
                 if owner == part:
+                    said = self.file.metadata.get(f"{part}:{index}:rank")
+                    if role == "down" and said not in (None, str(len(self.file.tensors[key]))):
+                        self.misfits[key] = f"has another rank than the metadata says ({files.one_line(said)})"
                     placed[key] = (an.Place(part, walk[index], spelling), (an.LORA, role))
                     self.spellings[spelling.title] += 1
         return placed
@@ -284,19 +288,21 @@ class Match:
     def change(self, part: str, module: str, group: dict) -> Change:
         """The change that a module's tensors make. Misfit, AdapterError."""
         weight, bias = self.target.weights[part][module]
-        tensors = {ending: readable(key, tensor) for ending, (key, tensor) in group.items()}
+        tensors = {ending: readable(key, ending[1], tensor) for ending, (key, tensor) in group.items()}
         beside = {role: tensors.pop((None, role)) for role in an.BESIDE if (None, role) in tensors}
         kinds = list(dict.fromkeys(kind for kind, _ in tensors))
         key = next(iter(group.values()))[0]
         made: list[Change] = []
         for kind in kinds:
             own = {role: tensor for (owner, role), tensor in tensors.items() if owner is kind}
+            if kind is an.OFT and an.ALPHA in beside:  # a constraint, no scale
+                own[an.ALPHA] = beside[an.ALPHA]
             made += BUILDERS[kind.title](own, weight, functools.partial(self.scale, part, key, beside))
         if not made:
             raise Misfit(f"has {', '.join(beside)} and nothing that it belongs to")
         change = made[0] if len(made) == 1 else changes.Sum(tuple(made))
         if an.RESHAPE in beside and beside[an.RESHAPE].tolist() != list(weight.shape):
-            raise Misfit(f"enlarges its weight {list(weight.shape)} to {beside[an.RESHAPE].tolist()}: another model")
+            raise Misfit(f"enlarges its weight {list(weight.shape)} to {files.one_line(beside[an.RESHAPE].tolist())}")
         for role, rule in ((an.DORA, self.file.metadata.get(RULE_KEY, "comfy")), (an.MAGNITUDE, "peft")):
             if role in beside:
                 change = changes.DoRA(change, beside[role], "peft" if rule == "peft" else "comfy")
@@ -380,8 +386,15 @@ class Match:
         return [one for table in tables if table for one in embeddings.from_tensors(table, self.file.path)]
 
 
-def readable(key: str, tensor: Tensor) -> Tensor:
+NUMBERS = (an.ALPHA, an.SCALE, "on_input")
+
+
+def readable(key: str, role: str, tensor: Tensor) -> Tensor:
     """The tensor as it is; eight-bit floats, with which nothing can be computed, in half precision (which holds each of them)."""
+    if not tensor.numel() or (tensor.ndim == 0 and role not in NUMBERS):
+        raise Misfit(f"{files.one_line(key)} has shape {list(tensor.shape)}, which is no change")
+    if not tensor.is_floating_point() and role not in (*NUMBERS, an.RESHAPE):
+        raise Misfit(f"{files.one_line(key)} is {tensor.dtype}, expected floating-point numbers")
     return tensor.to(torch.float16) if tensor.is_floating_point() and tensor.dtype.itemsize == 1 else tensor
 
 
@@ -477,7 +490,7 @@ def glora(own: Tensors, weight: Tensor, scale) -> Iterator[Change]:
 
 def orthogonal(own: Tensors, weight: Tensor, scale) -> Iterator[Change]:
     if ("blocks" in own) == ("turns" in own):
-        raise Misfit(f"has {', '.join(own)}, expected oft_blocks or oft_diag")
+        raise Misfit(f"has {', '.join(own)}, expected oft_blocks, or oft_diag")
     if "turns" in own:
         (turns,) = need(own, "turns")
         if turns.ndim != 3 or turns.shape[1] != turns.shape[2]:
@@ -487,7 +500,8 @@ def orthogonal(own: Tensors, weight: Tensor, scale) -> Iterator[Change]:
         yield changes.Orthogonal(turns, own.get("rescale"), cayley=False)
         return
     (blocks,) = need(own, "blocks")
-    yield changes.Orthogonal(blocks, own.get("rescale"), scale(1) * weight.shape[0], boft=blocks.ndim == 4)
+    constraint = number(own[an.ALPHA]) * weight.shape[0] if an.ALPHA in own else 0.0
+    yield changes.Orthogonal(blocks, own.get("rescale"), constraint, boft=blocks.ndim == 4)
 
 
 BUILDERS = {
