@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import MethodType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -311,7 +311,7 @@ def check(target: Any, adapter: Adapter, known: bool = False) -> None:
                     )
                 if "forward" in vars(module) and not is_attached(module):
                     raise AdapterError("its forward was replaced by something else; take that off first")
-                change.check(_original(model, name, "weight"), _original(model, name, "bias"))  # type: ignore
+                change.check(module.weight, getattr(module, "bias", None))  # type: ignore
             except AdapterError as error:
                 raise AdapterError(f"{where}: {part}.{name}: {error}") from None
 
@@ -324,7 +324,7 @@ def _check_strength(strength: Strength) -> None:
 
 def _scales(adapter: Adapter, scales: Mapping[str, float]) -> dict[str, dict[str, float]]:
     """Part -> layer -> factor, from the longest given name that the layer lies under."""
-    unused = dict(scales)
+    unused = {name: scale for name, scale in scales.items() if name not in adapter.parts}
     found: dict[str, dict[str, float]] = {part: {} for part in adapter.parts}
     for part, changes in adapter.parts.items():
         for layer in changes:
@@ -369,67 +369,88 @@ def _set_merged(chosen: list[tuple[nn.Module, Table, list[str]]], merged: bool) 
         _write(model, [layer for name in names for layer in table.uses[name].changes])
 
 
+class Place(NamedTuple):
+    """A layer, its full name, and the table of its model."""
+
+    table: Table
+    layer: str
+    module: Any
+
+    def original(self, kind: str) -> Tensor | None:
+        """The "weight" or "bias" without anything merged, on the device and in the dtype of the present one; None without one."""
+        present = getattr(self.module, kind, None)
+        kept = self.table.originals.get(f"{self.layer}.{kind}")
+        if kept is not None:
+            return kept.to(present.device, present.dtype)  # type: ignore
+        return None if present is None else present.detach()
+
+    def changed(self, kind: str, uses: list[tuple[Change, float]]) -> Tensor | None:
+        """The original with the changes added in fp32 or fp64, rounded once; None where there is nothing to add."""
+        original, total = self.original(kind), None
+        for change, strength in uses:
+            act = change.delta if kind == "weight" else change.bias_delta
+            delta = act(original, strength)  # type: ignore
+            if delta is not None:
+                total = delta if total is None else total + delta
+        return None if total is None or original is None else (original.to(total.dtype) + total).to(original.dtype)
+
+    def with_changes(self, kind: str, uses: list[tuple[Change, float]]) -> Tensor:
+        """`changed`, or a copy of the present one where there is nothing to add."""
+        changed = self.changed(kind, uses)
+        return getattr(self.module, kind).detach().clone() if changed is None else changed
+
+
 @torch.no_grad()
 def _write(model: nn.Module, layers: Iterable[str]) -> None:
     """Bring the parameters and buffers of these layers to what the table says."""
-    table = _table(model)
-    layers = dict.fromkeys(layers)
+    table, modules, layers = _table(model), dict(model.named_modules()), dict.fromkeys(layers)
     for layer in layers:
-        module = model.get_submodule(layer)
+        place = Place(table, layer, modules[layer])
         uses = [use for use in table.uses.values() if layer in use.changes]
         merged = [(use.changes[layer], use.at(layer)) for use in uses if use.merged]
         attached = [(use.changes[layer], use.at(layer)) for use in uses if not use.merged]
         for kind in ("weight", "bias"):
-            _write_parameter(model, layer, kind, merged)
-        _write_buffers(model, layer, merged, attached, table.rooms.get(layer, Room()))
-        if is_attached(module):
-            vars(module)["forward"] = MethodType(_forward_of(module), module)  # type: ignore
+            _write_parameter(place, kind, merged)
+        _write_buffers(place, merged, attached)
+        if is_attached(place.module):
+            vars(place.module)["forward"] = MethodType(_forward_of(place.module), place.module)  # type: ignore
         else:
-            vars(module).pop("forward", None)
+            vars(place.module).pop("forward", None)
     if layers:
         table.version = next(_versions)
 
 
-def _write_parameter(model: nn.Module, layer: str, kind: str, merged: list[tuple[Change, float]]) -> None:
+def _write_parameter(place: Place, kind: str, merged: list[tuple[Change, float]]) -> None:
     """Merge into a weight or bias, or put the original tensor back."""
-    originals, name = _table(model).originals, f"{layer}.{kind}"
-    new = _changed(model, layer, kind, merged)
-    parameter = getattr(model.get_submodule(layer), kind)
+    originals, name = place.table.originals, f"{place.layer}.{kind}"
+    new = place.changed(kind, merged) if merged else None
+    parameter = getattr(place.module, kind, None)
     if new is not None:
-        originals.setdefault(name, parameter.data)
-        parameter.data = new
+        originals.setdefault(name, parameter.data)  # type: ignore
+        parameter.data = new  # type: ignore
     elif name in originals:  # the model may have moved since
-        parameter.data = originals.pop(name).to(parameter.device, parameter.dtype)
+        parameter.data = originals.pop(name).to(parameter.device, parameter.dtype)  # type: ignore
 
 
-def _write_buffers(
-    model: nn.Module,
-    layer: str,
-    merged: list[tuple[Change, float]],
-    attached: list[tuple[Change, float]],
-    room: Room,
-) -> None:
+def _write_buffers(place: Place, merged: list[tuple[Change, float]], attached: list[tuple[Change, float]]) -> None:
     """What a layer computes with beside its parameters: LoRAs side by side as one, or else the changed weight; the bias."""
-    module = model.get_submodule(layer)
+    module, room = place.module, place.table.rooms.get(place.layer, Room())
     flat = [(one, strength) for change, strength in attached for one in _flat(change)]
     low = [(one, strength) for one, strength in flat if isinstance(one, LowRank)]
-    thin = isinstance(module, nn.Linear | nn.Conv2d) and not room.weight
-    thin = thin and all(isinstance(one, LowRank) or not one.on_weight for one, _ in flat)
-    down = up = weight = None
+    others = any(one.on_weight and not isinstance(one, LowRank) for one, _ in flat)
+    thin = isinstance(module, nn.Linear | nn.Conv2d) and not others and not room.weight
+    down = up = weight = bias = None
     if thin and (low or room.rank):
         down, up = _side_by_side(module, low, room.rank)
-    elif not thin and (flat or room.weight):
-        weight = _changed(model, layer, "weight", merged + attached)
-        weight = module.weight.detach().clone() if weight is None else weight  # type: ignore
-    bias = None
+    elif not thin and (low or others or room.weight):
+        weight = place.with_changes("weight", merged + attached)
     if room.bias or any(one.on_bias for one, _ in flat):
-        bias = _changed(model, layer, "bias", merged + attached)
-        bias = module.bias.detach().clone() if bias is None else bias  # type: ignore
+        bias = place.with_changes("bias", merged + attached)
     new = {"adapter_down": down, "adapter_up": up, "adapter_weight": weight, "adapter_bias": bias}
     if all(tensor is None for tensor in new.values()):
         for name in new:
-            if name in module._buffers:
-                delattr(module, name)
+            module._buffers.pop(name, None)
+            module._non_persistent_buffers_set.discard(name)
         return
     for name, tensor in new.items():
         old = module._buffers.get(name)
@@ -454,26 +475,6 @@ def _side_by_side(module: nn.Module, low: list[tuple[LowRank, float]], rank: int
         down[at : at + change.rank], up[:, at : at + change.rank] = thin_down, thin_up * strength
         at += change.rank
     return down, up
-
-
-def _changed(model: nn.Module, layer: str, kind: str, uses: list[tuple[Change, float]]) -> Tensor | None:
-    """The original weight or bias with the changes added in fp32 or fp64, rounded once; None where there is nothing to add."""
-    original = _original(model, layer, kind)
-    total = None
-    for change, strength in uses:
-        delta = change.delta(original, strength) if kind == "weight" else change.bias_delta(original, strength)  # type: ignore
-        if delta is not None:
-            total = delta if total is None else total + delta
-    return None if total is None or original is None else (original.to(total.dtype) + total).to(original.dtype)
-
-
-def _original(model: nn.Module, layer: str, kind: str) -> Tensor | None:
-    """A weight or bias as it is without anything merged, on the device and in the dtype of the present one."""
-    present: Any = getattr(model.get_submodule(layer), kind, None)
-    kept = _table(model).originals.get(f"{layer}.{kind}")
-    if kept is not None:
-        return kept.to(present.device, present.dtype)
-    return None if present is None else present.detach()
 
 
 def _flat(change: Change) -> Iterator[Change]:
