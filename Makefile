@@ -22,9 +22,12 @@ lint: .venv/.test
 check: .venv/.test
 	$(BIN)/python -m pytest --check -m check --timeout 7200 -s
 
-# On a machine with an NVIDIA GPU.
-gpu: .venv/.test
-	$(BIN)/python -m pytest tests/test_gpu.py -rs
+# On a machine with an NVIDIA GPU: prove and measure into kernels/results/. PART=attention (norms, unet, unet-xl, pipeline, train)
+# does one part, each under nine minutes. GPU_PYTHON=python3 takes a Python that has torch already; nothing is downloaded then.
+GPU_PYTHON ?= $(BIN)/python
+gpu: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),.venv/.test)
+	$(GPU_PYTHON) -c "import sdcore.kernels" || $(GPU_PYTHON) -m pip install --quiet --no-deps --no-build-isolation --editable .
+	$(GPU_PYTHON) -m sdcore.kernels.gpu $(PART)
 
 # The bundled model, from nothing: about two hours on two cores. Interrupt it as you like, the same command goes on.
 resume = $(if $(wildcard runs/$(1)/checkpoints/step-*),--resume)

@@ -288,12 +288,12 @@ def picture_line(name: str, kernel: Callable, device: torch.device, steps: int =
 
 def options() -> argparse.ArgumentParser:
     """`sdcore bench`."""
-    from sdcore.cli import Parser
+    from sdcore.cli import BENCHES, Parser
 
     top = Parser(
         prog="sdcore bench", description="Judge and time: kernels, one UNet step, whole pictures, one training step."
     )
-    top.add_argument("what", choices=("kernels", "unet", "pipeline", "train", "compile"))
+    top.add_argument("what", choices=BENCHES)
     top.add_argument(
         "names", nargs="*", help="kernels, compile: only these kernels; unet, pipeline, train: these models"
     )

@@ -1,4 +1,4 @@
-"""The command line: `sdcore generate | train | inspect | convert`.
+"""The command line: `sdcore generate | train | bench | inspect | convert`.
 
 Each command is a function over its parsed words, below the table that declares them; `main` parses, runs, and turns what goes
 wrong into the exit code: 0 done; 2 the user can mend it, one line on stderr says what and how; 130 stopped by Ctrl-C;
@@ -22,6 +22,7 @@ import sdcore
 from sdcore.errors import ConfigError, ImageError, PromptError, SdcoreError
 
 METHODS = ("text2image", "vae")
+BENCHES = ("kernels", "unet", "pipeline", "train", "compile")
 MAX_COUNT = 100
 # What decides how a picture comes out, kept in its PNG under these names; each is also the name of an option.
 RECORDED = (
@@ -80,6 +81,10 @@ def parser() -> Parser:
     c = command("train", train, "Train a model; each method has its own --help.", add_help=False)
     c.add_argument("method", choices=METHODS)
     c.add_argument("rest", nargs=argparse.REMAINDER, help="options of the method")
+
+    c = command("bench", bench, "Judge and time kernels, UNets, pictures; each has its own --help.", add_help=False)
+    c.add_argument("what", choices=BENCHES)
+    c.add_argument("rest", nargs=argparse.REMAINDER, help="options of the bench")
 
     c = command("inspect", inspect, "Say what a weight file or model folder is, and what would load where.")
     c.add_argument("model", metavar="FILE", help="a file, a folder, or a model's name")
@@ -329,6 +334,12 @@ def train(args: argparse.Namespace) -> int:
     else:
         from sdcore.train import vae as method
     return method.main(args.rest)
+
+
+def bench(args: argparse.Namespace) -> int:
+    from sdcore.kernels import bench as bench_
+
+    return bench_.main([args.what, *args.rest])
 
 
 def inspect(args: argparse.Namespace) -> None:
