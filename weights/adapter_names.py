@@ -17,45 +17,47 @@ Sources: the writers themselves: kohya-ss sd-scripts, LyCORIS, PEFT, diffusers, 
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .names import follow, unet_modules
 
 # ---------------------------------------------------------------- where: the paths
 
 
-def dotted(names: Iterable[str], unet) -> dict[str, str]:
+Paths = Iterator[tuple[str, str]]  # (how it is written, the module's name)
+
+
+def dotted(names: Iterable[str], unet) -> Paths:
     """The name itself; for text encoders also without `text_model.`, which transformers leaves out since 5.6."""
-    own = {name: name for name in names}
-    return own | {name.removeprefix("text_model."): name for name in own}
+    for name in names:
+        yield name, name
+        if name.startswith("text_model."):
+            yield name.removeprefix("text_model."), name
 
 
-def underscored(names: Iterable[str], unet) -> dict[str, str]:
+def underscored(names: Iterable[str], unet) -> Paths:
     """Every dot an underscore."""
-    return {name.replace(".", "_"): name for name in names}
+    return ((name.replace(".", "_"), name) for name in names)
 
 
-def sgm(names: Iterable[str], unet) -> dict[str, str]:
+def sgm(names: Iterable[str], unet) -> Paths:
     """The name that the module has in the original single file, every dot an underscore."""
     modules = unet_modules(unet)
-    return {follow(name, modules).replace(".", "_"): name for name in names}
+    return ((follow(name, modules).replace(".", "_"), name) for name in names)
 
 
-def processors(names: Iterable[str], unet) -> dict[str, str]:
+def processors(names: Iterable[str], unet) -> Paths:
     """The attention's projections, mostly said to belong to its `processor`; the output projection without its `.0`."""
-    spelled = {}
     for name in names:
-        attention, found, projection = name.rpartition(".to_")
-        if found and attention.endswith(("attn1", "attn2")) or name.endswith(".to_out.0"):
-            attention, projection = name.removesuffix(".0").rsplit(".", 1)
-            spelled[f"{attention}.processor.{projection}"] = name
-            spelled[f"{attention}.{projection}"] = name
-    return spelled
+        attention, found, projection = name.removesuffix(".0").rpartition(".to_")
+        if found and attention.endswith(("attn1", "attn2")):
+            yield f"{attention}.processor.to_{projection}", name
+            yield f"{attention}.to_{projection}", name
 
 
-PATHS: dict[str, tuple[Callable[[Iterable[str], object], dict[str, str]], str]] = {
+PATHS: dict[str, tuple[Callable[[Iterable[str], Any], Paths], str]] = {
     "dotted": (dotted, "the module's name"),
     "underscored": (underscored, "the module's name, `.` as `_`"),
     "sgm": (sgm, "the module's name in the original single file, `.` as `_`"),
@@ -114,7 +116,7 @@ def places(modules: Mapping[str, Iterable[str]], unet) -> dict[str, Place]:
     found: dict[str, Place] = {}
     for spelling in SPELLINGS:
         names = list(modules.get(spelling.part, ()))
-        for path, module in PATHS[spelling.path][0](names, unet).items():
+        for path, module in PATHS[spelling.path][0](names, unet):
             place = found.setdefault(spelling.prefix + path, Place(spelling.part, module, spelling))
             if place[:2] != (spelling.part, module):
                 raise ValueError(f"{spelling.prefix + path} names both {place.module} and {module}")
