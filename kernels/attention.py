@@ -338,10 +338,11 @@ def pieces(d: int) -> tuple[int, int]:
     return (2 * main, 0) if rest == main else (main, rest)
 
 
-def tile(kernel: str, d: int, dtype: torch.dtype) -> Tile:
+def tile(kernel: str, d: int, dtype: torch.dtype, exact: bool) -> Tile:
     """The tile of "forward", "queries" or "keys" (the halves of backward)."""
     widest = next(width for width in (64, 96, 192) if sum(pieces(d)) <= width)
-    return TILES[kernel, widest, dtype.itemsize]
+    cut = TILES[kernel, widest, dtype.itemsize]
+    return cut._replace(warps=8) if exact else cut  # what rounding lost needs registers of its own
 
 
 # Chosen by what the compiler makes of them for sm_90 (registers, shared memory, instructions of the loop), not yet by a clock.
@@ -357,16 +358,20 @@ TILES = {  # (kernel, width of the pieces up to, bytes a number)
     ("keys", 64, 2): Tile(64, 128, 8, 2),
     ("keys", 96, 2): Tile(64, 64, 4, 2),
     ("keys", 192, 2): Tile(64, 64, 8, 2),
-} | {(kernel, width, 4): Tile(32, 32, 4, 2) for kernel in ("forward", "queries", "keys") for width in (64, 96, 192)}
-WIDEST = 192  # head; a wider accumulator would not fit the registers
+    **{("forward", width, 4): Tile(32, 16, 8, 1) for width in (64, 96, 192)},
+    **{("queries", width, 4): Tile(16, 16, 8, 1) for width in (64, 96, 192)},
+    **{("keys", width, 4): Tile(16, 32, 8, 1) for width in (64, 96, 192)},
+}
+WIDEST, WIDEST_FP32 = 192, 128  # heads; wider ones would not fit the registers
 PROGRAMS = 256  # the keys of a text are few: about so many programs share the queries that look at them
 
 
-def constants(kernel: str, d: int, dtype: torch.dtype, causal: bool, upcast: bool) -> dict:
-    """The constexpr arguments of a kernel."""
+def plan(kernel: str, d: int, dtype: torch.dtype, causal: bool, upcast: bool) -> tuple[Tile, dict]:
+    """The tile of a kernel and its constexpr arguments."""
     main, rest = pieces(d)
-    cut = tile(kernel, d, dtype)
-    return dict(D=d, MAIN=main, REST=rest, CAUSAL=causal, EXACT=upcast and dtype != torch.float32, M=cut.M, N=cut.N)
+    exact = upcast and dtype != torch.float32
+    cut = tile(kernel, d, dtype, exact)
+    return cut, dict(D=d, MAIN=main, REST=rest, CAUSAL=causal, EXACT=exact, M=cut.M, N=cut.N)
 
 
 def strides(*tensors: Tensor) -> list[int]:
@@ -379,11 +384,11 @@ def forward(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool, upcast: b
     """The output and, for backward, `lse`."""
     b, s, width = q.shape
     d = width // heads
-    cut = tile("forward", d, q.dtype)
+    cut, constants = plan("forward", d, q.dtype, causal, upcast)
     out, lse = empty(q.shape, q), empty((b, heads, s), q, torch.float32)
     attention_forward[triton.cdiv(s, cut.M), b * heads](
         q, k, v, out, lse, math.log2(math.e) / math.sqrt(d), heads, s, k.shape[1], *strides(q, k, v),
-        **constants("forward", d, q.dtype, causal, upcast), num_warps=cut.warps, num_stages=cut.stages,
+        **constants, num_warps=cut.warps, num_stages=cut.stages,
     )  # fmt: skip
     return out, lse
 
@@ -399,13 +404,13 @@ def backward(
     d = width // heads
     scale, shrink = math.log2(math.e) / math.sqrt(d), 1 / math.sqrt(d)
     dq, delta = empty(q.shape, q), empty(lse.shape, lse)
-    cut = tile("queries", d, q.dtype)
+    cut, constants = plan("queries", d, q.dtype, causal, upcast)
     attention_backward_queries[triton.cdiv(s, cut.M), b * heads](
         q, k, v, out, dout, lse, delta, dq, scale, shrink, heads, s, keys, *strides(q, k, v, dout),
-        **constants("queries", d, q.dtype, causal, upcast), num_warps=cut.warps, num_stages=cut.stages,
+        **constants, num_warps=cut.warps, num_stages=cut.stages,
     )  # fmt: skip
 
-    cut = tile("keys", d, q.dtype)
+    cut, constants = plan("keys", d, q.dtype, causal, upcast)
     tiles = triton.cdiv(keys, cut.N)
     parts = max(1, min(PROGRAMS // (tiles * b * heads), s // (4 * cut.M)))
     share = triton.cdiv(s, parts * cut.M) * cut.M  # queries of a part: whole tiles, but for the last part
@@ -413,7 +418,7 @@ def backward(
     dk, dv = (empty((parts, *k.shape), k, k.dtype if parts == 1 else torch.float32) for _ in range(2))
     attention_backward_keys[tiles, b * heads, parts](
         q, k, v, dout, lse, delta, dk, dv, scale, shrink, heads, s, keys, share, k.numel(), *strides(q, k, v, dout),
-        **constants("keys", d, q.dtype, causal, upcast), num_warps=cut.warps, num_stages=cut.stages,
+        **constants, num_warps=cut.warps, num_stages=cut.stages,
     )  # fmt: skip
     if parts == 1:
         return dq, dk[0], dv[0]
@@ -457,7 +462,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False,
 
 
 def accepts(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False, upcast: bool = False) -> bool:
-    """Heads of a multiple of 8 up to 192, rows of numbers next to each other, on a device where Triton runs."""
+    """Heads of a multiple of 8 up to 192 (fp32: 128), rows of numbers next to each other, on a device where Triton runs."""
     d = q.shape[-1] // heads
     if d > WIDEST:
         return vae_attention.accepts(q, k, v, heads, causal, upcast)
@@ -468,6 +473,7 @@ def accepts(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False, u
         and q.ndim == k.ndim == 3
         and k.shape == v.shape
         and d % 8 == 0
+        and (d <= WIDEST_FP32 or q.dtype != torch.float32)
         and d * heads == q.shape[-1]
         and q.numel() > 0
         and k.numel() > 0
@@ -489,21 +495,21 @@ KERNELS = {
 
 def builds() -> list[Build]:
     """What may be launched for the released models. Heads of 64 also see causally (text towers) and under upcast (SD 2.1)."""
-    kinds = [(d, dtype, False, False) for dtype in FLOATS for d in HEADS]
+    kinds = [(d, dtype, False, False) for dtype in FLOATS for d in HEADS if d <= WIDEST_FP32 or dtype != torch.float32]
     kinds += [(64, dtype, True, False) for dtype in FLOATS] + [(64, dtype, False, True) for dtype in FLOATS[:2]]
     return [_build(kernel, *kind) for kernel in KERNELS for kind in kinds]
 
 
 def _build(kernel: str, d: int, dtype: torch.dtype, causal: bool, upcast: bool) -> Build:
     t, part = name_of(dtype), kernel == "keys in parts"
-    cut = tile(kernel.split()[0], d, dtype)
+    cut, constants = plan(kernel.split()[0], d, dtype, causal, upcast)
     types = dict.fromkeys(("q", "k", "v", "out", "dout", "dq"), f"*{t}")
     types |= dict.fromkeys(("dk", "dv"), "*fp32" if part else f"*{t}")
     types |= {"lse": "*fp32", "delta": "*fp32", "scale": "fp32", "shrink": "fp32"}
     return build(
         f"attention {kernel} {t} {d}{' causal' * causal}{' upcast' * upcast}",
         KERNELS[kernel],
-        constants(kernel.split()[0], d, dtype, causal, upcast),
+        constants,
         odd=COUNTS,
         warps=cut.warps,
         stages=cut.stages,

@@ -44,7 +44,7 @@ def inputs(d: int, queries: int, keys: int, dtype: torch.dtype, heads: int = 2, 
 def test_head_widths_of_the_released_models(d, dtype):
     """The 77 tokens of a text: a whole tile of keys and a ragged end; two heads, as many as can be confused."""
     q, k, v = inputs(d, 21, 77, dtype)
-    assert accepts(q, k, v, 2)
+    assert accepts(q, k, v, 2) == (dtype != torch.float32 or d <= 128)
     check(attention, REFERENCE, q, k, v, 2)
 
 
@@ -148,11 +148,12 @@ def test_one_key_far_above_the_others(dtype):
 @interpreted
 def test_the_largest_score_may_come_last_or_first():
     """The sums shrink when a larger score turns up in a later tile, and do not when it came before."""
-    for order in (1, -1):
+    rising = torch.linspace(-2, 2, 140, device=DEVICE)
+    for scores in (rising, rising.flip(0)):
         q, k, v = inputs(16, 4, 140, torch.float32, heads=1)
         with torch.no_grad():
             q.fill_(1.0)
-            k.copy_(torch.linspace(-2, 2, 140, device=DEVICE)[::order, None].expand(140, 16)[None])
+            k.copy_(scores[None, :, None].expand_as(k))
         check(attention, REFERENCE, q, k, v, 1)
 
 
@@ -323,4 +324,5 @@ def test_builds_cover_what_is_launched():
     for kernel in ("forward", "queries", "keys", "keys in parts"):
         for dtype in common.FLOATS:
             for d in HEADS:
-                assert f"attention {kernel} {common.name_of(dtype)} {d}" in names
+                refused = dtype == torch.float32 and d > 128
+                assert (f"attention {kernel} {common.name_of(dtype)} {d}" in names) != refused
