@@ -106,6 +106,13 @@ class Run:
                     check_finite(x, f"the UNet, at step {step.i + 1} of {len(self.steps)} (timestep {step.t:g})")
             yield Progress(step, len(self.steps), x, x0)
 
+    def finish(self) -> Tensor:
+        """Draw to the end without looking: the finished latent."""
+        x = self.start
+        for progress in self:
+            x = progress.x
+        return x
+
 
 @dataclass
 class Result:
@@ -158,9 +165,7 @@ class Pipeline:
         if output not in ("image", "latent"):
             raise ConfigError(f"output: expected 'image' or 'latent', found {output!r}")
         run = self.steps(prompt, negative, **options)
-        latents = run.start
-        for progress in run:
-            latents = progress.x
+        latents = run.finish()
         return Result(latents, self.decode(latents) if output == "image" else None, run.seeds, run.notices)
 
     def steps(
@@ -200,7 +205,7 @@ class Pipeline:
         prompt2, negative2   XL: what the second text encoder reads; None is the same as the first
         emphasis           how weights in the prompt act: a1111, no-norm, comfyui, compel; none takes brackets, AND and BREAK
                            literally and cuts off what does not fit a row of tokens, as diffusers does
-        clip_skip          layers left out at the end of the text encoders; 1 is what A1111 calls clip skip 2
+        clip_skip          layers left out at the end of the text encoders, for both prompts; 1 is what A1111 calls clip skip 2
         regions            prompts for parts of the picture, beside the main one
 
         Adapters that a prompt asks for (`<lora:name:0.8>`) are taken from `adapters`, attached here, and stay until the next.
@@ -356,7 +361,7 @@ class Pipeline:
             extra = None if extra is None else extra.to(self.device)
 
             def read(ids: Tensor, encoder: CLIPText = encoder, extra: Tensor | None = extra) -> tuple[Tensor, Tensor]:
-                out = encoder(ids.to(self.device), extra)
+                out = self._read(encoder, ids.to(self.device), extra)
                 return _layer(encoder, out, clip_skip, xl), out.pooled
 
             chunks = [row for line in laid[e] for row in grammar.filled(line, rows, tokenizer)]
@@ -369,6 +374,10 @@ class Pipeline:
         return Conditions(context, pooled)
 
     # ------------------------------------------------------------------------------------------------ inside
+
+    def _read(self, encoder: CLIPText, ids: Tensor, extra: Tensor | None) -> TextOutput:
+        """What a text encoder says of tokens [n, s], with the table of embeddings of one's own."""
+        return encoder(ids, extra)
 
     def _lengthen(self, given: Conditions, rows: int, clip_skip: int) -> Conditions:
         """Conditions from outside with as many rows as the others have: filled up with rows of no words."""
