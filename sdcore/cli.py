@@ -21,13 +21,13 @@ from typing import Any
 import sdcore
 from sdcore.errors import ConfigError, ImageError, PromptError, SdcoreError
 
-METHODS = ("text2image", "vae")
+METHODS = ("text2image", "text", "vae")
 BENCHES = ("kernels", "unet", "pipeline", "train", "compile")
 MAX_COUNT = 100
 # What decides how a picture comes out, kept in its PNG under these names; each is also the name of an option.
 RECORDED = (
     "model", "revision", "variant", "tokenizer", "negative", "steps", "guidance", "sampler", "schedule", "seed", "count",
-    "size", "device", "dtype",
+    "size", "device", "dtype", "engine", "kernels",
 )  # fmt: skip
 NO_MEMORY = ("out of memory", "can't allocate memory")
 FOREIGN = ("negative", "steps", "guidance", "sampler", "schedule", "seed", "size")  # of these from another tool's PNG
@@ -73,6 +73,14 @@ def parser() -> Parser:
     model_options(c)
     c.add_argument("--device", metavar="NAME", help="cuda, cuda:1, mps or cpu (the first that is there)")
     c.add_argument("--dtype", metavar="NAME", help="float32, float16 or bfloat16 (what is fast and safe on the device)")
+    c.add_argument(
+        "--engine", choices=("plain", "fast"), default="plain",
+        help="fast draws the same picture sooner, equal but for rounding (%(default)s)",
+    )  # fmt: skip
+    c.add_argument(
+        "--kernels", choices=("torch", "triton", "measured"),
+        help="what runs the operations; measured: the faster for every shape (torch; the fast engine on a GPU: measured)",
+    )  # fmt: skip
     c.add_argument(
         "--offload", action="store_true", help="keep on the device only the part at work: needs less of its memory"
     )
@@ -184,13 +192,20 @@ def generate(args: argparse.Namespace) -> None:
     targets = check(args)
     import torch
 
-    from sdcore import image
+    from sdcore import image, ops
 
     if recorded.get("device") == "cpu" and isinstance(threads := recorded.get("threads"), int) and 1 <= threads <= 256:
         torch.set_num_threads(threads)  # the order of a CPU's sums, and so their rounding, hangs on it
     begin = time.perf_counter()
     loading = {name: getattr(args, name) for name in ("revision", "variant", "tokenizer") if getattr(args, name)}
     pipe = sdcore.load(args.model, device=args.device, dtype=args.dtype, offload=args.offload, **loading)
+    kernels: dict[str, Any] = {}
+    if args.engine == "fast":
+        pipe = sdcore.accelerate(pipe, args.kernels or "measured")
+    elif args.kernels not in (None, "torch"):
+        from sdcore.kernels.engine import operations
+
+        kernels |= operations(args.kernels, pipe.device)
     loaded = time.perf_counter()
     settings = describe(args, pipe) | loading
     for name in ("model_id", "torch", "device", "dtype"):
@@ -199,7 +214,8 @@ def generate(args: argparse.Namespace) -> None:
 
     seeds = [args.seed + i for i in range(args.count)]
     previews: list[tuple[image.Picture, str]] | None = [] if args.strip else None
-    made = [draw(pipe, args, settings, seed, previews if seed == args.seed else None) for seed in seeds]
+    with ops.using(**kernels):
+        made = [draw(pipe, args, settings, seed, previews if seed == args.seed else None) for seed in seeds]
     pictures, notices = [picture for picture, _ in made], made[0][1]
     drawn = time.perf_counter()
     if args.count > 1:
@@ -298,7 +314,8 @@ def describe(args: argparse.Namespace, pipe) -> dict[str, Any]:
     """Everything that decides how the picture comes out."""
     import torch
 
-    given = {name: getattr(args, name) for name in ("model", "prompt", "negative", "steps", "guidance", "schedule")}
+    names = ("model", "prompt", "negative", "steps", "guidance", "schedule", "engine", "kernels")
+    given = {name: getattr(args, name) for name in names}
     return given | {
         "sampler": args.sampler or pipe.scheduler.sampler,
         "device": pipe.device.type,
@@ -329,11 +346,9 @@ def tell(message: str) -> None:
 
 
 def train(args: argparse.Namespace) -> int:
-    if args.method == "text2image":
-        from sdcore.train import text2image as method
-    else:
-        from sdcore.train import vae as method
-    return method.main(args.rest)
+    from sdcore.train import text, text2image, vae
+
+    return {"text": text, "text2image": text2image, "vae": vae}[args.method].main(args.rest)
 
 
 def bench(args: argparse.Namespace) -> int:

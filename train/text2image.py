@@ -1,11 +1,12 @@
-"""Train the UNet and the text encoder of the bundled model, from nothing, on captioned pictures of the world.
+"""Train the UNet of the bundled model on captioned pictures of the world.
 
-    sdcore train text2image --vae runs/vae --out runs/text2image
+    sdcore train text2image --vae runs/vae --text runs/text --out runs/text2image
 
-What trains: both networks, together. The loss: the squared error of the predicted velocity (v), weighted so that nearly clean
-latents, where the text has nothing left to decide, do not crowd out the rest (in the spirit of min-SNR). One caption in ten is
-replaced by the empty one, which is what classifier-free guidance needs. Timesteps are spread over a batch with one common
-random shift: every batch sees all noise levels, so its loss is steadier.
+What trains: the UNet, between an autoencoder and a text encoder that stay as they are, as in the released models. The loss: the
+squared error of the predicted velocity (v), weighted so that nearly clean latents, where the text has nothing left to decide,
+do not crowd out the rest (in the spirit of min-SNR). One caption in ten is replaced by the empty one, which is what
+classifier-free guidance needs. Timesteps are spread over a batch with one common random shift: every batch sees all noise
+levels, so its loss is steadier.
 
 The pictures are drawn and encoded once, before the first step, into a cache of latents and token numbers (`build_cache`).
 
@@ -16,9 +17,10 @@ Legend: b batch, k captions a picture, s tokens, z latent channels, h w latent s
 import hashlib
 import json
 import multiprocessing
+import shutil
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -28,7 +30,7 @@ from sdcore.weights import configs, files
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from sdcore.clip import CLIPText, CLIPTextConfig
+from sdcore.clip import CLIPText
 from sdcore.errors import TrainingError
 from sdcore.pipeline import Pipeline
 from sdcore.scheduler import SchedulerConfig, alpha_bars
@@ -36,7 +38,7 @@ from sdcore.tokenizer import Tokenizer
 from sdcore.unet import UNet, UNetConfig
 from sdcore.vae import VAE
 
-from . import judge, vocabulary, world
+from . import judge, world
 from .loop import LoopOptions, Task, channels_last, run, sha256
 from .options import option, parse
 
@@ -45,14 +47,13 @@ UNET = UNetConfig(
     sample_size=8, channels=(64, 128), layers=1, depths=(1, 1), heads=(4, 4), context_dim=128, linear_projection=True,
     cross_only=(False, False), norm_groups=8,
 )  # fmt: skip
-TEXT = CLIPTextConfig(width=128, layers=3, heads=4, mlp=256, positions=vocabulary.LENGTH)
 MIDDLE, WIDTH = 0.0, 1.2  # of the logit of t / T in training
 SCHEDULER = SchedulerConfig(prediction_type="v_prediction", sampler="ddim")
 
 
 @dataclass(frozen=True)
 class TextToImageOptions(LoopOptions):
-    """Train a UNet and its text encoder on captioned pictures of the world."""
+    """Train a UNet on captioned pictures of the world."""
 
     out: str = option("runs/text2image", "folder of the run; the finished model is written to its subfolder model/")
     steps: int = option(12000, "steps of the whole run (may be changed on resume, before the cooldown has begun)")
@@ -63,6 +64,10 @@ class TextToImageOptions(LoopOptions):
     eval_every: int = option(1000, "steps between evaluations of the averaged weights; 0: never")
     prompts: int = option(64, "held-out prompts of each evaluation")
     vae: str = option("runs/vae", "folder that holds the trained vae/")
+    text: str = option("runs/text", "folder that holds the trained text_encoder/ and its tokenizer/")
+    start: str | None = option(
+        None, "folder of a model whose unet/ is the starting point; from nothing where it is not given"
+    )
     cache: str = option("runs/cache", "folder of encoded pictures; made where it is missing")
     shards: int = option(6, f"files of {SHARD} pictures in the cache")
     captions: int = option(4, "captions a picture")
@@ -174,6 +179,14 @@ def files_name(part: str) -> str:
     return "model.safetensors" if part == "text_encoder" else "diffusion_pytorch_model.safetensors"
 
 
+def load_text(folder: str) -> CLIPText:
+    """The text encoder that an earlier run left in `folder`/text_encoder."""
+    part = Path(folder) / "text_encoder"
+    text = CLIPText(configs.text_config(configs.read_json(part / "config.json"), part / "config.json"))
+    text.load_state_dict({k: v.float() for k, v in files.read(part / files_name("text_encoder")).tensors.items()})
+    return text.eval().requires_grad_(False)
+
+
 def load_vae(folder: str) -> VAE:
     """The autoencoder that an earlier run left in `folder`/vae."""
     part = Path(folder) / "vae"
@@ -189,7 +202,7 @@ class TextToImage(Task):
     def __init__(self, options: TextToImageOptions):
         self.options = options
         self.folder = Path(options.out) / "model"
-        vocabulary.write(self.folder / "tokenizer", world.VOCABULARY)
+        shutil.copytree(Path(options.text) / "tokenizer", self.folder / "tokenizer", dirs_exist_ok=True)
         self.tokenizer = Tokenizer.from_folder(self.folder / "tokenizer")
         build_cache(options, self.tokenizer)
         shards = [files.read(shard_path(Path(options.cache), i)).tensors for i in range(options.shards)]
@@ -202,25 +215,28 @@ class TextToImage(Task):
 
         torch.manual_seed(options.seed)
         self.vae = load_vae(options.vae)
+        self.text = load_text(options.text)
         self.unet = UNet(UNET)
         channels_last(self.unet)
-        self.text = CLIPText(replace(TEXT, vocab=self.tokenizer.vocab_size, eos_id=self.tokenizer.eos_id))
+        if options.start:
+            self.unet.load_state_dict(files.read(Path(options.start) / "unet" / files_name("unet")).tensors)
+        else:
+            self.begin()
         self.modules = {"unet": self.unet, "text_encoder": self.text}
-        self.initialise()
 
-    def initialise(self) -> None:
+    def begin(self) -> None:
         """Start as nearly the identity: what each block adds to its shortcut begins at zero, as does the prediction."""
         for name, module in self.unet.named_modules():
             if name.endswith(("conv2", "proj_out", "conv_out")):
                 nn.init.zeros_(module.weight)
                 nn.init.zeros_(module.bias)
-        for name, p in self.text.named_parameters():
-            if "embedding" in name:
-                nn.init.normal_(p, std=0.02)
 
     def identity(self) -> dict[str, object]:
         shards = [sha256(shard_path(Path(self.options.cache), i)) for i in range(self.options.shards)]
-        return {"cache": hashlib.sha256("".join(shards).encode()).hexdigest(), "pictures": len(self.mean)}
+        return {
+            "cache": hashlib.sha256("".join(shards).encode()).hexdigest(), "pictures": len(self.mean),
+            "text": sha256(Path(self.options.text) / "text_encoder" / files_name("text_encoder")), "start": self.options.start,
+        }  # fmt: skip
 
     def rows(self, step: int) -> Tensor:
         """The pictures of a step: every epoch goes through all of them in its own order."""
@@ -239,7 +255,9 @@ class TextToImage(Task):
         ids = torch.where((torch.rand(b, generator=rng) < self.options.dropout)[:, None], self.empty, ids)
         t = spread_timesteps(b, SCHEDULER.train_steps, rng)
         noise = torch.randn(shape, generator=rng)
-        return diffusion_loss(self.unet, x, t, noise, self.text(ids).last, self.alpha_bar, self.weights), {}
+        with torch.no_grad():
+            context = self.text(ids).last
+        return diffusion_loss(self.unet, x, t, noise, context, self.alpha_bar, self.weights), {}
 
     def pipeline(self) -> Pipeline:
         """The model as it is now."""
