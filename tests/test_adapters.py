@@ -117,34 +117,36 @@ def test_a_path_that_means_two_modules_is_refused():
         an.places({"unet": ["a.b", "a_b"]}, af.CONFIGS["sd1"]["unet"])
 
 
+# Not "peft-patterns" as kohya: where alphas differ, diffusers 0.42 drops those of a kohya file (its pattern matches nothing).
+@pytest.mark.parametrize(("format", "layout"), [("peft", "kohya"), ("peft-patterns", "peft")])
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])
-def test_diffusers_reads_what_we_write(family, written, tmp_path):
-    """Both layouts, written by us from one adapter, are the same changes to diffusers and PEFT as to us."""
+def test_diffusers_reads_what_we_write(format, layout, family, written, tmp_path):
+    """What we write is to diffusers and PEFT the change that it is to us."""
     from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
     pipeline = StableDiffusionXLPipeline if family == "sdxl" else StableDiffusionPipeline
-    pipe, source = af.pipe_of(family), written("peft-patterns", family)
-    adapter, _ = adapters.read_adapter(source.path, pipe)
-    unet = af.twins(family)[1]["unet"]
-    for layout in adapters.LAYOUTS:
-        path = tmp_path / f"{layout}.safetensors"
-        adapters.write_adapter(path, adapter, layout, pipe)
-        state, alphas, metadata = pipeline.lora_state_dict(
-            str(path), unet_config=unet.config, return_lora_metadata=True
-        )
-        model = copy.deepcopy(unet)
-        pipeline.load_lora_into_unet(state, alphas, model, metadata=metadata)
-        found = af.peft_deltas(model, "unet")
-        wanted = {where: delta for where, (delta, _) in source.deltas.items() if where[0] == "unet"}
-        assert found.keys() == wanted.keys()
-        for where, delta in wanted.items():
-            assert (found[where][0] - delta).abs().max() <= 1e-6, (layout, where)
+    pipe, source, path = af.pipe_of(family), written(format, family), tmp_path / "x.safetensors"
+    adapters.write_adapter(path, adapters.read_adapter(source.path, pipe)[0], layout, pipe)
+    model = copy.deepcopy(af.twins(family)[1]["unet"])
+    state, alphas, metadata = pipeline.lora_state_dict(str(path), unet_config=model.config, return_lora_metadata=True)
+    pipeline.load_lora_into_unet(state, alphas, model, metadata=metadata)
+    found = af.peft_deltas(model, "unet")
+    wanted = {where: delta for where, (delta, _) in source.deltas.items() if where[0] == "unet"}
+    assert found.keys() == wanted.keys()
+    for where, delta in wanted.items():
+        assert (found[where][0] - delta).abs().max() <= 1e-6, where
 
 
 # ---------------------------------------------------------------- there and back
 
 
-@pytest.mark.parametrize(("format", "family"), FORMATS)
+@pytest.mark.parametrize(
+    ("format", "family"),
+    [
+        pytest.param(*one, marks=[pytest.mark.check] if one[1] == "sdxl" and one[0] != "kohya" else [])
+        for one in FORMATS
+    ],
+)
 def test_written_as_kohya_and_read_again_it_is_the_same(format, family, written, tmp_path):
     """Bit-equal tensors, equal scales."""
     pipe = af.pipe_of(family)
