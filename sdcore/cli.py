@@ -68,6 +68,10 @@ def parser() -> Parser:
     c.add_argument(
         "--count", type=int, default=1, metavar="N", help="so many, from seeds N, N+1, ..., and a sheet of all"
     )
+    c.add_argument(
+        "--lora", action="append", type=weighted, default=[], metavar="F[:W]",
+        help="an adapter's file and strength (1), again for more; one that the prompt calls by <lora:name:W> acts as that says",
+    )  # fmt: skip
     c.add_argument("--strip", metavar="F", help="also a PNG of the model's guess at every step")
     c.add_argument("--from", dest="source", metavar="F", help="a PNG whose settings to take; options given here win")
     model_options(c)
@@ -121,6 +125,15 @@ def model_options(c: Parser) -> None:
     c.add_argument("--revision", metavar="NAME", help="of a hub repository")
     c.add_argument("--variant", metavar="NAME", help="fp16: that variant of the files")
     c.add_argument("--tokenizer", metavar="F", help="folder with vocab.json and merges.txt, for single files without")
+
+
+def weighted(text: str) -> tuple[str, float | None]:
+    """`style.safetensors:0.8` or `style.safetensors` -> (file, strength or None)."""
+    path, colon, weight = text.rpartition(":")
+    try:
+        return (path, float(weight)) if colon else (text, None)
+    except ValueError:  # a colon in the file's name
+        return text, None
 
 
 def size(text: str) -> tuple[int, int]:
@@ -199,6 +212,7 @@ def generate(args: argparse.Namespace) -> None:
     begin = time.perf_counter()
     loading = {name: getattr(args, name) for name in ("revision", "variant", "tokenizer") if getattr(args, name)}
     pipe = sdcore.load(args.model, device=args.device, dtype=args.dtype, offload=args.offload, **loading)
+    loading |= take_loras(pipe, args)
     kernels: dict[str, Any] = {}
     if args.engine == "fast":
         pipe = sdcore.accelerate(pipe, args.kernels or "measured")
@@ -285,6 +299,24 @@ def draw(pipe, args: argparse.Namespace, settings: dict[str, Any], seed: int, pr
     return picture, run.notices
 
 
+def take_loras(pipe, args: argparse.Namespace) -> dict[str, list[str]]:
+    """Attach the adapters of `--lora`, or have them at hand where the prompt calls them; what to record of them."""
+    from sdcore import lora
+    from sdcore.weights.adapters import read_adapter
+
+    for path, weight in args.lora:
+        adapter, _ = read_adapter(path, pipe)
+        if f"<lora:{adapter.name}:" not in args.prompt and f"<lora:{adapter.name}>" not in args.prompt:
+            lora.attach(pipe, adapter, 1.0 if weight is None else weight)
+        elif weight is None:
+            pipe.adapters[adapter.name] = adapter
+        else:
+            raise ConfigError(
+                f"--lora {path}:{weight:g}: the prompt calls {adapter.name!r} too; give its strength once"
+            )
+    return {"lora": [path if w is None else f"{path}:{w}" for path, w in args.lora]} if args.lora else {}
+
+
 def take_settings(args: argparse.Namespace) -> dict[str, Any]:
     """Read the settings of `--from` into `args`, under what the user gave, and return them.
 
@@ -303,6 +335,8 @@ def take_settings(args: argparse.Namespace) -> dict[str, Any]:
             f"{args.source}: made by another program; its settings are taken, not its model, and the picture will differ"
         )
     words = [f"--{name}={recorded[name]}" for name in (RECORDED if ours else FOREIGN) if recorded.get(name) is not None]
+    if ours and not args.lora and isinstance(recorded.get("lora"), list):
+        words += [f"--lora={adapter}" for adapter in recorded["lora"]]
     at = args.words.index("generate") + 1
     again = parser().parse_args([*args.words[:at], *words, *args.words[at:]])
     vars(args).update(vars(again))
