@@ -120,8 +120,10 @@ def test_files_that_are_refused(tmp_path, write, error, says):
     assert "\n" not in str(caught.value)
 
 
+# fmt: off
 DAMAGED = (b"[]", b'{"string_to_param": 5}', b'{"string_to_param": {"*": {"TORCHTENSOR": ["x"]}}}',
-           b'{"string_to_param": {"*": {"TORCHTENSOR": 5}}}', b'{"string_to_param": {"*": {"TORCHTENSOR": [[1e400]]}}}')  # fmt: skip
+           b'{"string_to_param": {"*": {"TORCHTENSOR": 5}}}', b'{"string_to_param": {"*": {"TORCHTENSOR": [[1e400]]}}}')
+# fmt: on
 
 
 @pytest.mark.parametrize("text", ["!", "bm8=", *[base64.b64encode(one).decode() for one in DAMAGED]])
