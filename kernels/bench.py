@@ -229,9 +229,10 @@ def show(name: str, kernel: Callable | None = None, pictures: bool = True) -> li
     print(title(device, roof))
     print(heading(False))
     rows: list[Row] = []
-    for call in list(subject.rows()) if device.type == "cuda" else list(subject.rows("SD1.5 512"))[-4:]:
-        if roof is None:
-            call = Call(call.op, call.model, call.shape.small(), call.times)
+    calls = list(subject.rows()) if device.type == "cuda" else list(subject.rows("SD1.5 512"))[-4:]
+    if roof is None:
+        calls = list(dict.fromkeys(Call(c.op, c.model, c.shape.small(), 1) for c in calls))
+    for call in calls:
         for row in try_row(subject, call, dtype, device, roof, rivals=device.type == "cuda"):
             print(line(row), flush=True)
             rows.append(row)
@@ -253,7 +254,7 @@ def title(device: torch.device, roof: Roof | None) -> str:
     )
 
 
-def picture_line(name: str, kernel: Callable, device: torch.device, steps: int = 10) -> str:
+def picture_line(name: str, kernel: Callable, device: torch.device, steps: int = 5) -> str:
     """What a kernel does to a real image: the bundled model draws the same picture with and without it, in fp32."""
     import sdcore
     from sdcore import ops

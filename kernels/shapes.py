@@ -304,6 +304,8 @@ class Call:
 
 def calls(op: str | None = None, model: str | None = None) -> Iterator[Call]:
     """Rows of the table, those of one operation or one model where these are given. KeyError for a name that is not there."""
+    if op is not None and op not in KINDS:
+        raise KeyError(op)
     for name in [model] if model else list(TABLE):
         for kind in [op] if op else list(KINDS):
             for fields, times in TABLE[name].get(kind, {}).items():
