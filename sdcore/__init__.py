@@ -6,6 +6,7 @@
 
 Importing this does nothing else. `load` reaches for the folder `weights`, which knows files and names; where `sdcore/` was
 copied alone into another runtime, build the modules yourself: `sdcore.unet.UNet(config)` and `load_state_dict`.
+`accelerate` likewise reaches for the folder `kernels`: `sdcore.accelerate(pipe)` draws the same pictures sooner.
 """
 
 from typing import Any
@@ -26,3 +27,18 @@ def load(name: str, **options: Any):
             name=error.name,
         ) from None
     return load_(name, **options)
+
+
+def accelerate(pipe, kernels: str = "measured"):
+    """A pipeline with the same call that draws the same pictures sooner. See `sdcore.kernels.engine.accelerate`."""
+    try:
+        from sdcore.kernels.engine import accelerate as accelerate_
+    except ModuleNotFoundError as error:
+        if error.name not in ("sdcore.kernels", "sdcore.kernels.engine"):
+            raise
+        raise ModuleNotFoundError(
+            "sdcore.accelerate needs the folder kernels/, which is not installed beside this copy of sdcore: install the "
+            "package (pip install -e .); the pipeline draws the same pictures without it",
+            name=error.name,
+        ) from None
+    return accelerate_(pipe, kernels)

@@ -18,18 +18,53 @@ b images, p prompts an image, x [b, c, h, w].
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from sdcore.errors import ConfigError
-from sdcore.samplers import Denoise, Step
+from sdcore.samplers import Step
 from sdcore.scheduler import check_share
 
 # (network input [n, c, h, w], step) -> output [n, c, h, w]; n is b, or 2b with the b negative conditions first, or with several
 # prompts an image (1 + p) b: the negative conditions, then prompt by prompt. The conditions
 # are the caller's to hold: a closure over them, and over what was computed once per image or once per step (index step.i).
 Network = Callable[[Tensor, Step], Tensor]
+
+
+@dataclass(frozen=True)
+class Denoiser:
+    """`denoise(x, step) -> x0`, with what it is made of in plain sight. Made by `denoiser`, which says what the fields mean."""
+
+    network: Network
+    guidance: float
+    rescale: float
+    interval: tuple[float, float]
+    shares: Sequence[float | Tensor] | None
+
+    def guided(self, step: Step) -> bool:
+        """Whether guidance acts in this step."""
+        low, high = self.interval
+        return self.guidance > 1 and low <= step.sigma <= high
+
+    def __call__(self, x: Tensor, step: Step) -> Tensor:
+        entry = x * step.input_scale
+        guided = self.guided(step)
+        if self.shares is not None:
+            prompts = 1 + len(self.shares)
+            negative, *answers = self.network(torch.cat([entry] * prompts), step).to(x.dtype).chunk(prompts)
+            wanted = composed(negative, answers, self.shares)
+        elif guided:
+            negative, wanted = self.network(torch.cat([entry, entry]), step).to(x.dtype).chunk(2)
+        else:
+            wanted = self.network(entry, step).to(x.dtype)
+        output = wanted
+        if guided:
+            output = negative + self.guidance * (wanted - negative)
+            if self.rescale:
+                output = rescaled(output, wanted, self.rescale)
+        return to_x0(x, output, step)
 
 
 def denoiser(
@@ -39,7 +74,7 @@ def denoiser(
     rescale: float = 0.0,
     interval: tuple[float, float] = (0.0, math.inf),
     shares: Sequence[float | Tensor] | None = None,
-) -> Denoise:
+) -> Denoiser:
     """Turns a network into `denoise(x, step) -> x0`.
 
     network   called with a batch of 2b (negative conditions first) while guidance acts, and of b (the positive ones) where it
@@ -57,27 +92,7 @@ def denoiser(
     check_share("guidance rescale", rescale)
     if not 0 <= low <= high:
         raise ConfigError(f"a guidance interval must satisfy 0 <= low <= high (sigmas), found {interval}")
-
-    def denoise(x: Tensor, step: Step) -> Tensor:
-        entry = x * step.input_scale
-        guided = guidance > 1 and low <= step.sigma <= high
-        if shares is not None:
-            negative, *answers = (
-                network(torch.cat([entry] * (1 + len(shares))), step).to(x.dtype).chunk(1 + len(shares))
-            )
-            wanted = composed(negative, answers, shares)
-        elif guided:
-            negative, wanted = network(torch.cat([entry, entry]), step).to(x.dtype).chunk(2)
-        else:
-            wanted = network(entry, step).to(x.dtype)
-        output = wanted
-        if guided:
-            output = negative + guidance * (wanted - negative)
-            if rescale:
-                output = rescaled(output, wanted, rescale)
-        return to_x0(x, output, step)
-
-    return denoise
+    return Denoiser(network, guidance, rescale, interval, shares)
 
 
 def composed(negative: Tensor, answers: Sequence[Tensor], shares: Sequence[float | Tensor]) -> Tensor:

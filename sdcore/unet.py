@@ -5,7 +5,8 @@ hear the text) and keeps every result; on the way up, each residual block takes 
 input. `UNet.step` at the end of the file is that figure; read it first, then the blocks in the order in which they appear.
 
 What depends on the picture but not on the step is computed once a picture: the keys and values of the text (`keys_values`) and,
-for known times, what the residual blocks hear of the time (`time_shifts`). `forward` is just these and `step` in a row.
+for known times, what the residual blocks hear of the time (`time_shifts`). `forward` is just these and `step` in a row. What
+comes before the first look at the text is equal for both branches of guidance: `step` may be handed the latent once for both.
 
 Source: Ho et al. 2020 (residual blocks, time), Rombach et al. 2022 (transformers, text), Podell et al. 2023 (SDXL). The
 parameter names are those of the released files in the diffusers layout: a released folder loads with `strict=True`.
@@ -111,6 +112,16 @@ def sinusoids(x: Tensor, dim: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
+def widen(x: Tensor, like: Tensor) -> Tensor:
+    """`x` [b, ...] with the rows of `like` [n b, ...]: all of it, n times over. As it is where `like` has no more rows."""
+    return x if len(x) >= len(like) else x.repeat(len(like) // len(x), *[1] * (x.ndim - 1))
+
+
+def layout(x: Tensor) -> torch.memory_format:
+    """How `x` [b, c, h, w] lies in memory: channel after channel as released, or channels last."""
+    return torch.contiguous_format if x.is_contiguous() else torch.channels_last
+
+
 class GroupNorm(nn.GroupNorm):
     """Group norm that runs through the seam of `ops`, with or without the SiLU that mostly follows."""
 
@@ -155,9 +166,9 @@ class Resnet(nn.Module):
         return self.time_emb_proj(F.silu(temb))[:, :, None, None]
 
     def forward(self, x: Tensor, shift: Tensor) -> Tensor:
-        h = self.conv1(self.norm1(x, silu=True)) + shift
-        h = self.conv2(self.norm2(h, silu=True))
-        return (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x) + h
+        h = self.conv1(self.norm1(x, silu=True))
+        h = self.conv2(self.norm2(widen(h, shift) + shift, silu=True))
+        return widen(self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x, h) + h
 
 
 class Attention(nn.Module):
@@ -178,7 +189,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, keys_values: KeysValues | None = None) -> Tensor:
         q = self.to_q(x)
         k, v = self.keys_values(x) if keys_values is None else keys_values
-        return self.to_out(ops.attention(q, k, v, self.heads, upcast=self.upcast))
+        return self.to_out(ops.attention(widen(q, k), k, v, self.heads, upcast=self.upcast))
 
 
 class GEGLU(nn.Module):
@@ -217,8 +228,10 @@ class TransformerLayer(nn.Module):
         self.ff = FeedForward(d)
 
     def forward(self, x: Tensor, kv: Iterator[KeysValues]) -> Tensor:
-        x = self.attn1(self.norm1(x), next(kv) if self.attn1.cross else None) + x
-        x = self.attn2(self.norm2(x), next(kv)) + x
+        y = self.attn1(self.norm1(x), next(kv) if self.attn1.cross else None)
+        x = y + widen(x, y)
+        y = self.attn2(self.norm2(x), next(kv))
+        x = y + widen(x, y)
         return self.ff(self.norm3(x)) + x
 
 
@@ -243,10 +256,12 @@ class Transformer(nn.Module):
         for layer in self.transformer_blocks:
             tokens = layer(tokens, kv)
         if self.linear:
-            y = rearrange(self.proj_out(tokens), "b (h w) c -> b c h w", h=h, w=w).contiguous()
+            y = rearrange(self.proj_out(tokens), "b (h w) c -> b c h w", h=h, w=w)
+            y = y.contiguous(memory_format=layout(x))
         else:
-            y = self.proj_out(rearrange(tokens, "b (h w) c -> b c h w", h=h, w=w).contiguous())
-        return y + x
+            y = rearrange(tokens, "b (h w) c -> b c h w", h=h, w=w)
+            y = self.proj_out(y.contiguous(memory_format=layout(x)))
+        return y + widen(x, y)
 
 
 class Downsample(nn.Module):
@@ -337,7 +352,7 @@ class Up(nn.Module):
         self, x: Tensor, skips: list[Tensor], shifts: Iterator[Tensor], kv: Iterator[KeysValues]
     ) -> tuple[Tensor, list[Tensor]]:
         for i, resnet in enumerate(self.resnets):
-            x = resnet(torch.cat([x, skips[-1]], dim=1), next(shifts))
+            x = resnet(torch.cat([x, widen(skips[-1], x)], dim=1), next(shifts))
             skips = skips[:-1]
             if self.attentions:
                 x = self.attentions[i](x, kv)
@@ -421,13 +436,14 @@ class UNet(Encoder):
     ) -> Tensor:
         """The once-a-step half: latent [b, c, h, w] -> prediction [b, c, h, w].
 
-        `shifts` and `keys_values` come from `time_shifts` and `keys_values`. `residuals`, from ControlNets, are added to the
-        kept results and, the last one, to the middle: one more than there are kept results.
+        `shifts` and `keys_values` come from `time_shifts` and `keys_values`. Where `keys_values` have n times the rows of `x`
+        (one lot a branch of guidance), so has the prediction; `shifts` may have one row for all. `residuals`, from
+        ControlNets, are added to the kept results and, the last one, to the middle: one more than there are kept results.
         """
         shift, kv = iter(shifts), iter(keys_values)
         x, skips = self.down(self.conv_in(x), shift, kv)
         if residuals is not None:
-            skips = [skip + residual for skip, residual in zip(skips, residuals, strict=False)]
+            skips = [widen(skip, residual) + residual for skip, residual in zip(skips, residuals, strict=False)]
             x = x + residuals[-1]
         for block in self.up_blocks:
             x, skips = block(x, skips, shift, kv)

@@ -1,0 +1,479 @@
+"""The engine: the same pictures as the plain pipeline, the work done as seldom as promised, and sooner.
+
+The long proofs at the end (`make check`) are of SD 1.5's full size: twenty steps of both, and pairs of times against diffusers.
+"""
+
+import time
+from statistics import median
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from sdcore.kernels import choice, engine, fused, loop, winograd
+
+import sdcore
+from sdcore import lora, ops, unet, vae
+from sdcore.changes import LowRank
+from sdcore.errors import ConfigError
+from sdcore.pipeline import Conditions, Pipeline, Region
+from sdcore.scheduler import SD15_SCHEDULER
+from tests import peers
+from tests.tiny_models import write_folder
+
+LAST = torch.channels_last
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Size of the difference over size of `b`; infinite where a value is not finite."""
+    found = ((a.double() - b.double()).norm() / b.double().norm()).item()
+    return found if found == found else float("inf")
+
+
+# ------------------------------------------------------------------------------------------------ convolutions
+
+SHAPES = [(1, 24, 16, 8, 8), (2, 16, 40, 7, 10), (3, 20, 24, 5, 3), (2, 17, 33, 1, 2), (1, 64, 32, 12, 6)]
+
+
+def layer(b, c, o, h, w, bias=True):
+    g = torch.Generator().manual_seed(b + c + o + h + w)
+    x = torch.randn(b, c, h, w, generator=g).contiguous(memory_format=LAST)
+    weight = torch.randn(o, c, 3, 3, generator=g) / (9 * c) ** 0.5
+    return x, weight, torch.randn(o, generator=g) if bias else None
+
+
+def twice_the_error(got, run, x, *rest):
+    """Against fp64, at most twice the error of PyTorch in fp32 (or two last bits, where that is smaller)."""
+    want = run(x.double(), *[None if t is None else t.double() for t in rest])
+    theirs = (run(x, *rest) - want).abs().max().item()
+    bits = 2 * torch.finfo(torch.float32).eps * want.abs().max().item()
+    assert got.shape == want.shape and got.is_contiguous(memory_format=LAST)
+    assert (got - want).abs().max().item() <= 2 * max(theirs, bits)
+
+
+@pytest.mark.parametrize("tiles", [3, 16, 512])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_convolutions_are_as_exact_as_pytorch(shape, bias, tiles, monkeypatch):
+    """Odd sides, several pictures at once and one in several parts, with and without a bias."""
+    monkeypatch.setattr(winograd, "TILES", tiles)
+    x, weight, b = layer(*shape, bias=bias)
+    plain = lambda x, w, b, stride=1: F.conv2d(x, w, b, stride, padding=1)  # noqa: E731
+    doubled = lambda x, w, b: plain(F.interpolate(x, scale_factor=2.0, mode="nearest"), w, b)  # noqa: E731
+    twice_the_error(winograd.conv3x3(x, winograd.transform(weight), b), plain, x, weight, b)
+    twice_the_error(winograd.upsample_conv3x3(x, winograd.transform_upsampled(weight), b), doubled, x, weight, b)
+    for stride in (1, 2):
+        twice_the_error(
+            winograd.conv_as_product(x, winograd.as_matrix(weight), b, stride),
+            lambda x, w, b, stride=stride: plain(x, w, b, stride), x, weight, b,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("c, o, side", [(4, 32, 8), (32, 4, 8), (32, 48, 4), (32, 48, 16), (2, 64, 8)])
+@pytest.mark.parametrize("taps, stride", [(3, 1), (3, 2), (1, 1)])
+def test_every_way_of_a_convolution(c, o, side, taps, stride):
+    conv = torch.nn.Conv2d(c, o, taps, stride, taps // 2)
+    x = torch.randn(2, c, side, side, generator=torch.Generator().manual_seed(1))
+    got = fused.Convolution(conv)(x.contiguous(memory_format=LAST))
+    assert got.is_contiguous(memory_format=LAST)
+    torch.testing.assert_close(got, conv(x), rtol=1e-5, atol=1e-5)
+    double = fused.Convolution(conv.double())(x.double().contiguous(memory_format=LAST))  # not fp32: PyTorch's own
+    torch.testing.assert_close(double, conv(x.double()), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("size", [None, (8, 12), (7, 11)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@torch.no_grad()
+def test_upsampling(size, dtype):
+    x = torch.randn(2, 32, 4, 6, generator=torch.Generator().manual_seed(1), dtype=dtype)
+    source = (vae.Upsample(32) if size is None else unet.Upsample(32)).to(dtype)
+    arguments = () if size is None else (torch.Size(size),)
+    got = fused.UpsampleConv(source)(x.contiguous(memory_format=LAST), *arguments)
+    assert got.is_contiguous(memory_format=LAST)
+    torch.testing.assert_close(got, source(x, *arguments), rtol=1e-5, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------ the mirror
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """family -> folder of a small random model, written once."""
+    written: dict[str, str] = {}
+
+    def folder(family: str) -> str:
+        if family not in written:
+            written[family] = str(write_folder(tmp_path_factory.mktemp(family), family))
+        return written[family]
+
+    return folder
+
+
+@pytest.fixture
+def pipelines(folders):
+    """A plain pipeline and the accelerated one of the same parts."""
+
+    def load(family: str = "sd1"):
+        pipe = sdcore.load(folders(family), device="cpu", dtype="fp32")
+        return pipe, sdcore.accelerate(pipe)
+
+    return load
+
+
+def test_the_model_stays_as_it_is(pipelines):
+    """Accelerating and drawing change no weight, no layer and no bit of what the plain pipeline draws."""
+    pipe, fast = pipelines()
+    before = {name: t.clone() for part in (pipe.unet, pipe.vae) for name, t in part.state_dict().items()}
+    kinds = [type(m) for m in pipe.unet.modules()]
+    want = pipe("red circle", steps=2).pixels
+    fast("red circle", steps=2)
+    assert torch.equal(pipe("red circle", steps=2).pixels, want)
+    after = {name: t for part in (pipe.unet, pipe.vae) for name, t in part.state_dict().items()}
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert kinds == [type(m) for m in pipe.unet.modules()]
+    shared = set(pipe.unet.parameters()) & set(fast.mirror(pipe.unet).twin.parameters())
+    assert len(shared) == len(list(pipe.unet.parameters()))  # the mirror has no parameter of its own
+
+
+def test_weights_changed_in_place_or_exchanged_are_noticed(pipelines):
+    pipe, fast = pipelines()
+    fast("red circle", steps=2)
+    with torch.no_grad():
+        pipe.unet.mid_block.resnets[0].conv1.weight.mul_(1.5)
+        attention = pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn1
+        attention.to_q.weight = torch.nn.Parameter(attention.to_q.weight * 2)
+        pipe.vae.decoder.conv_in.weight.mul_(0.5)
+    assert relative(fast("red circle", steps=2).pixels, pipe("red circle", steps=2).pixels) < 1e-4
+
+
+@torch.no_grad()
+def test_compiled_and_exported_as_a_whole():
+    """The mirror traces without a break, like the model."""
+    ours, _ = peers.twins(peers.small(unet.SD15))
+    (x, t, context, _, _), _ = peers.inputs(ours.config, tokens=9)
+    fast = fused.mirror(ours)
+    kv, shifts = fast.keys_values(context), ours.time_shifts(ours.embed_time(t))
+    x = x.contiguous(memory_format=LAST)
+    want = fast.step(x, shifts, kv)
+    assert torch.equal(torch.compile(fast.step, fullgraph=True, backend="eager")(x, shifts, kv), want)
+
+
+# ------------------------------------------------------------------------------------------------ once a step, once a picture
+
+
+@pytest.mark.parametrize("b", [1, 3])
+@pytest.mark.parametrize("family", ["SD15", "SD21_V", "X4", "SDXL", "SDXL_REFINER"])
+@torch.no_grad()
+def test_the_latent_may_be_handed_in_once_for_all_branches(family, b):
+    """In fp64: what is left of the difference is rounding. With residuals for all rows, and with one shift for all."""
+    config = peers.small(getattr(unet, family))
+    ours = peers.twins(config)[0].double()
+    (x, t, context, added, labels), _ = peers.inputs(config, (10, 14), batch=2, tokens=9)
+    x = torch.randn(b, *x.shape[1:], generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    context = torch.randn(2 * b, *context.shape[1:], generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    added = None if added is None else tuple(a.repeat_interleave(b, 0) for a in added)
+    labels = None if labels is None else labels[:1].expand(2 * b)
+    t = t[:1].expand(2 * b)
+    kv, shifts = ours.keys_values(context), ours.time_shifts(ours.embed_time(t, added, labels))
+    wide = ours.step(torch.cat([x, x]), shifts, kv)
+    torch.testing.assert_close(ours.step(x, shifts, kv), wide, rtol=1e-11, atol=1e-11)
+    assert not torch.equal(wide[:b], wide[b:])
+    if added is None:
+        torch.testing.assert_close(ours.step(x, [s[:1] for s in shifts], kv), wide, rtol=1e-11, atol=1e-11)
+    middle, skips = ours.down(ours.conv_in(torch.cat([x, x])), iter(shifts), iter(kv))
+    residuals = [
+        torch.randn(s.shape, generator=torch.Generator().manual_seed(5), dtype=s.dtype) for s in [*skips, middle]
+    ]
+    torch.testing.assert_close(
+        ours.step(x, shifts, kv, residuals), ours.step(torch.cat([x, x]), shifts, kv, residuals), rtol=1e-11, atol=1e-11
+    )
+
+
+def test_how_often_the_work_is_done(pipelines, monkeypatch):
+    """Keys and values of every layer, and shifts of every block for all steps: once a picture. The first layer: b rows a step."""
+    pipe, fast = pipelines()
+    said, timed, entered = [], [], []
+    keys_values, shift = fused.Attention.keys_values, unet.Resnet.shift
+    monkeypatch.setattr(
+        fused.Attention, "keys_values", lambda self, c: (said.append((self, len(c))), keys_values(self, c))[1]
+    )
+    monkeypatch.setattr(unet.Resnet, "shift", lambda self, t: (timed.append((self, len(t))), shift(self, t))[1])
+    fast.mirror(pipe.unet).twin.conv_in.register_forward_pre_hook(lambda _, x: entered.append(len(x[0])))
+    fast(["red circle", "blue square"], steps=5, sampler="euler")
+    layers = [m for m in fast.mirror(pipe.unet).twin.modules() if isinstance(m, unet.Attention) and m.cross]
+    blocks = [m for m in pipe.unet.modules() if isinstance(m, unet.Resnet)]
+    assert sorted(id(m) for m, _ in said) == sorted(id(m) for m in layers) and {n for _, n in said} == {4}
+    assert sorted(id(m) for m, _ in timed) == sorted(id(m) for m in blocks) and {n for _, n in timed} == {5}
+    assert entered == [2] * 5
+
+
+# ------------------------------------------------------------------------------------------------ the same pictures
+
+WAYS = {
+    "guided": {},
+    "unguided": {"guidance": 1.0},
+    "interval": {"guidance_interval": (0.5, 5.0)},
+    "rescaled": {"guidance_rescale": 0.7},
+    "noisy": {"sampler": "euler_a", "seed": [5, 9]},
+    "two looks": {"sampler": "heun"},
+    "odd": {"size": (56, 72)},
+    "composed": {"prompt": "red circle AND blue square"},
+    "scheduled": {"prompt": "[red:blue:0.5] circle"},
+    "placed": {"regions": [Region("blue square", torch.eye(8))]},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
+def test_draws_the_same(family, way, pipelines):
+    pipe, fast = pipelines(family)
+    options = {"prompt": "red circle", "negative": "cat", "steps": 5, "count": 2, **WAYS[way]}
+    want, got = pipe(**options), fast(**options)
+    assert relative(got.latents, want.latents) <= 1e-5  # rounding of five steps; the long proof measures twenty
+    assert (got.pixels - want.pixels).abs().max() <= 2 / 255
+    assert got.seeds == want.seeds and got.notices == want.notices
+
+
+def test_draws_the_same_with_the_bundled_model():
+    """Twenty steps of a trained model; and step by step, with previews."""
+    pipe = sdcore.load("tiny", device="cpu", dtype="fp32")
+    fast = sdcore.accelerate(pipe)
+    options = {"steps": 20, "seed": 3, "guidance": 3.0}
+    want, got = pipe("a red circle", **options), fast("a red circle", **options)
+    assert relative(got.latents, want.latents) <= 1e-4
+    bytes_ = [torch.tensor(list(r.images[0].pil.tobytes()), dtype=torch.int16) for r in (want, got)]
+    assert (bytes_[0] - bytes_[1]).abs().max() <= 1
+    steps = list(fast.steps("a red circle", **options))
+    assert len(steps) == 20 and torch.equal(steps[-1].x, got.latents)
+    assert relative(fast.decode(steps[9].x0), pipe.decode(steps[9].x0)) <= 1e-5
+
+
+def test_offload_is_refused(pipelines):
+    pipe, _ = pipelines()
+    pipe.offload = True
+    with pytest.raises(ConfigError, match="offload"):
+        sdcore.accelerate(pipe)
+
+
+# ------------------------------------------------------------------------------------------------ adapters
+
+
+def adapter(pipe, rank=2, seed=7) -> lora.Adapter:
+    """A LoRA on every linear layer and convolution of the UNet."""
+    g = torch.Generator().manual_seed(seed)
+    changes = {}
+    for name, module in pipe.unet.named_modules():
+        if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)):
+            o, *rest = module.weight.shape
+            down = torch.randn(rank, *rest, generator=g) / module.weight[0].numel() ** 0.5
+            up = torch.randn(o, rank, *[1] * (len(rest) - 1), generator=g)
+            changes[name] = LowRank(down, up, scale=0.1)
+    return lora.Adapter("test", {"unet": changes})
+
+
+def test_adapters_are_honoured(pipelines):
+    """Attached, weakened, merged and taken off again, after the engine had prepared its weights."""
+    pipe, fast = pipelines()
+    draw = {"prompt": "red circle", "steps": 3, "output": "latent"}
+    bare = fast(**draw).latents
+    lora.attach(pipe, adapter(pipe), 1.0)
+    attached = fast(**draw).latents
+    assert relative(attached, pipe(**draw).latents) <= 1e-5 and relative(attached, bare) > 1e-3
+    lora.set_strength(pipe, "test", 0.3)
+    weaker = fast(**draw).latents
+    assert relative(weaker, pipe(**draw).latents) <= 1e-5 and relative(weaker, attached) > 1e-3
+    lora.merge(pipe)
+    assert relative(fast(**draw).latents, weaker) <= 1e-5
+    lora.detach(pipe)
+    assert torch.equal(fast(**draw).latents, bare)
+
+
+def test_a_strength_that_changes_by_step(pipelines):
+    pipe, fast = pipelines()
+    lora.attach(pipe, adapter(pipe), lora.keyframes((0.0, 1.0), (0.4, 0.2), (0.7, 0.0)))
+    draw = {"prompt": "red circle", "steps": 6, "output": "latent"}
+    for _ in range(2):
+        assert relative(fast(**draw).latents, pipe(**draw).latents) <= 1e-5
+
+
+# ------------------------------------------------------------------------------------------------ the loop of tensors
+
+LOOPS = {
+    "guided": {"sampler": "dpmpp_2m"},
+    "unguided": {"sampler": "euler", "guidance": 1.0},
+    "interval": {"sampler": "lms", "guidance_interval": (0.5, 5.0)},
+    "noisy": {"sampler": "dpmpp_sde", "seed": [5, 9]},
+    "noisy and guided by turns": {"sampler": "euler_a", "guidance_interval": (0.5, 5.0)},
+}
+
+
+@pytest.mark.parametrize("way", LOOPS)
+def test_the_loop_of_tensors_is_the_plain_loop(way, pipelines):
+    """What a CUDA graph would hold, not captured: whole and step by step equal to the bit; twice, so that old values show."""
+    _, fast = pipelines()
+    network = fast.mirror(fast.unet)
+    for seed in (0, 8):
+        options = {"prompt": "red circle", "negative": "cat", "steps": 4, "count": 2, "seed": seed, **LOOPS[way]}
+        want = list(fast.steps(**options))
+        for _ in range(2):
+            run = fast.steps(**options)
+            assert loop.fits(run)
+            captured = loop.CapturedRun(**vars(run), loops=network.loops())
+            assert torch.equal(captured.finish(), want[-1].x)
+        got = list(loop.CapturedRun(**vars(fast.steps(**options)), loops=network.loops()))
+        assert [p.step for p in got] == [p.step for p in want]
+        assert all(torch.equal(a.x, b.x) and torch.equal(a.x0, b.x0) for a, b in zip(got, want, strict=True))
+    kinds = {key[0] for key in network.loops().made}
+    assert kinds == {"whole", "single"}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"prompt": "red AND blue"}, {"prompt": "[red:blue:0.5] circle"}, {"guidance_rescale": 0.5}],
+    ids=["composed", "scheduled", "rescaled"],
+)
+def test_what_the_loop_of_tensors_cannot_do_stays_with_the_plain_one(options, pipelines):
+    _, fast = pipelines()
+    assert not loop.fits(fast.steps(**{"prompt": "red circle", "steps": 4, **options}))
+
+
+def test_nor_does_it_follow_a_strength(pipelines):
+    pipe, fast = pipelines()
+    lora.attach(pipe, adapter(pipe), lora.keyframes((0.0, 1.0), (0.5, 0.0)))
+    assert not loop.fits(fast.steps("red circle", steps=4))
+
+
+def test_captures_are_made_anew_for_other_weights(pipelines):
+    pipe, fast = pipelines()
+    mirror = fast.mirror(pipe.unet)
+    loops = mirror.loops()
+    assert fast.mirror(pipe.unet).loops() is loops
+    lora.attach(pipe, adapter(pipe), 0.5)
+    changed = fast.mirror(pipe.unet).loops()
+    assert changed is not loops
+    pipe.unet.conv_norm_out.weight = torch.nn.Parameter(pipe.unet.conv_norm_out.weight.clone())
+    assert fast.mirror(pipe.unet).loops() is not changed
+
+
+# ------------------------------------------------------------------------------------------------ the choice
+
+
+def test_the_fastest_is_chosen_for_every_shape():
+    """Measured once a shape, among those that accept it, and told in a table."""
+    calls = []
+
+    def made(name, accepts=lambda x: True):
+        def run(x):
+            calls.append(name)
+            return x
+
+        run.accepts = accepts
+        return run
+
+    runs = {"slow": made("slow"), "fast": made("fast"), "picky": made("picky", lambda x: len(x) > 2)}
+    seconds = {"slow": 3.0, "fast": 2.0, "picky": 1.0}
+    asked = []
+
+    def clock(run):
+        run()
+        asked.append(calls[-1])
+        return seconds[calls[-1]]
+
+    pick = choice.Choice("geglu", runs, clock)
+    for x in (torch.zeros(2), torch.zeros(2), torch.zeros(4), torch.zeros(4)[::2]):
+        assert pick(x) is x
+    assert asked == [
+        "slow",
+        "fast",
+        "slow",
+        "fast",
+        "picky",
+        "slow",
+        "fast",
+    ]  # the last has a shape known, but strides unknown
+    assert [calls[i] for i in (2, 3, 7, 10)] == ["fast", "fast", "picky", "fast"]
+    rows = choice.table([pick]).splitlines()
+    assert len(rows) == 3 and rows[1].split()[:4] == ["geglu", "picky", "picky", "1.000"] and "4:float32" in rows[1]
+
+
+def test_what_runs_the_operations():
+    cpu = torch.device("cpu")
+    assert engine.operations("torch", cpu) == {} == engine.operations("measured", cpu)
+    with pytest.raises(ConfigError, match="kernels: expected"):
+        engine.operations("tritn", cpu)
+    with pytest.raises(ConfigError, match="NVIDIA"):
+        engine.operations("triton", cpu)
+    measured = engine.operations("measured", torch.device("cuda"))
+    assert set(measured) == set(ops.REFERENCES) and set(measured["geglu"].candidates) == {"kernel", "torch"}
+    assert set(measured["attention"].candidates) == {
+        "kernel", "vae_kernel", "torch", "flash_attention", "cudnn_attention", "efficient_attention",
+    }  # fmt: skip
+    q = torch.randn(2, 5, 16)
+    assert not measured["attention"].candidates["flash_attention"].accepts(q, q, q, 2)
+
+
+# ------------------------------------------------------------------------------------------------ long proofs, full size
+
+
+@pytest.mark.check
+@torch.no_grad()
+def test_latents_of_sd15_after_twenty_steps():
+    """fp32 on the CPU, 256 pixels, random weights: at most 1e-4 apart."""
+    net = peers.twins(unet.SD15)[0]
+    reader = [SimpleNamespace(max_length=77)]
+    pipe = Pipeline(net, vae.VAE(), [], reader, SD15_SCHEDULER)  # type: ignore
+    g = torch.Generator().manual_seed(1)
+    told = [Conditions(torch.randn(1, 77, 768, generator=g), None) for _ in range(2)]
+    options = {"steps": 20, "size": (256, 256), "seed": 0, "output": "latent"}
+    want, got = pipe(*told, **options).latents, engine.accelerate(pipe)(*told, **options).latents
+    print(f"SD 1.5 at 256 px, 20 steps: latents differ by {relative(got, want):.2e} (limit 1e-4)")
+    assert relative(got, want) <= 1e-4
+
+
+def pairs(runs: dict, rounds: int = 5) -> dict[str, float]:
+    """Medians of seconds over the first one's, of rounds in which all run one after the other."""
+    for run in runs.values():
+        run()
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            begin = time.perf_counter()
+            run()
+            times[name].append(time.perf_counter() - begin)
+    first = next(iter(times.values()))
+    for name, own in times.items():
+        ratio = median(t / f for t, f in zip(own, first, strict=True))
+        print(f"{name:>12}: {median(own):7.3f} s, {ratio:.3f} of diffusers")
+    return {name: median(t / f for t, f in zip(own, first, strict=True)) for name, own in times.items()}
+
+
+@pytest.mark.check
+@torch.no_grad()
+def test_time_of_a_unet_step():
+    """SD 1.5 at 256 pixels with guidance: medians of pairs against diffusers, eager."""
+    ours, theirs = peers.twins(unet.SD15)
+    (x, _, context, _, _), _ = peers.inputs(unet.SD15, (32, 32))
+    x, t = x[:1], torch.tensor([500.0, 500.0])
+    wide, fast = torch.cat([x, x]), fused.mirror(ours)
+    kv, kept = ours.keys_values(context), fast.keys_values(context)
+    shifts = ours.time_shifts(ours.embed_time(t[:1]))
+    ratios = pairs({
+        "diffusers": lambda: theirs(wide, t, context).sample,
+        "sdcore": lambda: ours.step(wide, ours.time_shifts(ours.embed_time(t)), kv),
+        "accelerated": lambda: fast.step(x.contiguous(memory_format=LAST), shifts, kept),
+    })  # fmt: skip
+    assert ratios["sdcore"] <= 1.03 and ratios["accelerated"] <= 0.90
+
+
+@pytest.mark.check
+@torch.no_grad()
+def test_time_of_a_decode():
+    """The autoencoder to 256 pixels: medians of pairs against diffusers, eager."""
+    ours, theirs = peers.twins(vae.SD_VAE)
+    z, fast = torch.randn(1, 4, 32, 32, generator=torch.Generator().manual_seed(1)), fused.mirror(ours)
+    ratios = pairs({
+        "diffusers": lambda: theirs.decode(z).sample,
+        "sdcore": lambda: ours.decode(z),
+        "accelerated": lambda: fast.decode(z.contiguous(memory_format=LAST)),
+    })  # fmt: skip
+    assert ratios["sdcore"] <= 1.03 and ratios["accelerated"] <= 0.87

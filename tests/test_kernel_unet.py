@@ -1,0 +1,43 @@
+"""The UNet with all its operations run by kernels: the same numbers, and one graph under `torch.compile` and `torch.export`."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from sdcore.kernels import for_ops
+
+from sdcore import ops, unet
+from tests import peers
+from tests.interpreted import DEVICE, interpreted, run_in_interpreter
+
+test_in_the_interpreter = run_in_interpreter(__file__)
+
+
+@interpreted
+@pytest.mark.parametrize("family", ["SD15", "SDXL"])
+@torch.no_grad()
+def test_unet_on_kernels(family):
+    few = {"channels": (32, 64), "heads": (4, 4), "layers": 1, "mid_depth": 1, "cross_only": (False, False)}
+    config = replace(peers.small(getattr(unet, family)), depths=(1, 0) if family == "SD15" else (0, 1), **few)
+    model = peers.twins(config)[0].to(DEVICE)
+    (x, t, context, added, _), _ = peers.inputs(config, (4, 4), batch=1, tokens=5)
+    x, t, context = (tensor.to(DEVICE) for tensor in (x, t, context))
+    added = None if added is None else tuple(tensor.to(DEVICE) for tensor in added)
+    given = (x, t, context, added)
+    plain = model(*given)
+    names = {"attention", "group_norm", "group_norm_silu", "layer_norm", "geglu"}
+    torch._dynamo.reset()
+    with ops.using(**for_ops()):
+        exported = torch.export.export(model, given)
+        # Every operation is in the graph as ours, none as PyTorch's.
+        targets = {str(node.target) for node in exported.graph.nodes if node.op == "call_function"}
+        assert not any(a in t for t in targets for a in ("aten.group_norm", "aten.layer_norm", "scaled_dot_product")), (
+            targets
+        )
+        assert sum(t.startswith("sdcore.") for t in targets) >= len(names) - 1, targets
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        runs = {"kernels": model(*given), "compiled": compiled(*given), "exported": exported.module()(*given)}
+    for name, got in runs.items():
+        assert (got - plain).norm() <= 1e-4 * plain.norm(), name
+    assert torch.equal(runs["kernels"], runs["compiled"]) and torch.equal(runs["kernels"], runs["exported"])
+    assert not torch.equal(runs["kernels"], plain)  # it was the kernels that ran
