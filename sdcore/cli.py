@@ -27,10 +27,15 @@ MAX_COUNT = 100
 # What decides how a picture comes out, kept in its PNG under these names; each is also the name of an option.
 RECORDED = (
     "model", "revision", "variant", "tokenizer", "negative", "steps", "guidance", "sampler", "schedule", "seed", "count",
-    "size", "device", "dtype", "engine", "kernels",
+    "size", "device", "dtype", "engine", "kernels", "prompt2", "negative2", "emphasis", "clip_skip",
 )  # fmt: skip
 NO_MEMORY = ("out of memory", "can't allocate memory")
-FOREIGN = ("negative", "steps", "guidance", "sampler", "schedule", "seed", "size")  # of these from another tool's PNG
+# Of these from another tool's PNG, and what it may say beside them that is not followed here.
+FOREIGN = ("negative", "steps", "guidance", "sampler", "schedule", "seed", "size", "emphasis", "clip_skip")
+UNFOLLOWED = (
+    "VAE", "Lora hashes", "TI hashes", "Denoising strength", "Hires upscale", "Hires resize", "Variation seed",
+    "Variation seed strength", "ENSD", "Eta", "Refiner", "Tiling", "Face restoration", "Token merging ratio",
+)  # fmt: skip
 
 
 class Parser(argparse.ArgumentParser):
@@ -57,6 +62,19 @@ def parser() -> Parser:
         "--out", default="out.png", metavar="F", help="the picture, a PNG that keeps all settings (%(default)s)"
     )
     c.add_argument("--negative", default="", metavar="TEXT", help="what to keep away from")
+    c.add_argument("--prompt2", metavar="TEXT", help="XL: what the second text encoder reads (the prompt)")
+    c.add_argument("--negative2", metavar="TEXT", help="XL: the same of --negative")
+    c.add_argument(
+        "--emphasis", default="a1111", metavar="NAME",
+        help="how weights such as (this:1.3) act: a1111, no-norm, comfyui, compel; none takes brackets literally (%(default)s)",
+    )  # fmt: skip
+    c.add_argument(
+        "--clip-skip",
+        type=int,
+        default=0,
+        metavar="N",
+        help="layers of the text encoder to leave out at the end (%(default)s)",
+    )
     c.add_argument("--steps", type=int, default=30, metavar="N", help="steps of the sampler (%(default)s)")
     c.add_argument(
         "--guidance", type=float, default=7.5, metavar="G", help="how closely to follow the prompt (%(default)s)"
@@ -72,8 +90,18 @@ def parser() -> Parser:
         "--lora", action="append", type=weighted, default=[], metavar="F[:W]",
         help="an adapter's file and strength (1), again for more; one that the prompt calls by <lora:name:W> acts as that says",
     )  # fmt: skip
+    c.add_argument(
+        "--embedding",
+        action="append",
+        default=[],
+        metavar="F",
+        help="a textual-inversion file, to be named in the prompt; again for more",
+    )
     c.add_argument("--strip", metavar="F", help="also a PNG of the model's guess at every step")
-    c.add_argument("--from", dest="source", metavar="F", help="a PNG whose settings to take; options given here win")
+    c.add_argument(
+        "--from", "--like", dest="source", metavar="F",
+        help="a PNG whose settings to take, of this program or of A1111's kin; options given here win",
+    )  # fmt: skip
     model_options(c)
     c.add_argument("--device", metavar="NAME", help="cuda, cuda:1, mps or cpu (the first that is there)")
     c.add_argument("--dtype", metavar="NAME", help="float32, float16 or bfloat16 (what is fast and safe on the device)")
@@ -212,7 +240,15 @@ def generate(args: argparse.Namespace) -> None:
     begin = time.perf_counter()
     loading = {name: getattr(args, name) for name in ("revision", "variant", "tokenizer") if getattr(args, name)}
     pipe = sdcore.load(args.model, device=args.device, dtype=args.dtype, offload=args.offload, **loading)
-    loading |= take_loras(pipe, args)
+    if (
+        args.source
+        and not recorded
+        and args.clip_skip
+        and (pipe.family.startswith("sd2") or pipe.unet.config.added_dim)
+    ):
+        tell(f"clip skip {args.clip_skip} is left out: the program that made the picture has none for such a model")
+        args.clip_skip = 0
+    loading |= take_embeddings(pipe, args) | take_loras(pipe, args)
     kernels: dict[str, Any] = {}
     if args.engine == "fast":
         pipe = sdcore.accelerate(pipe, args.kernels or "measured")
@@ -287,7 +323,8 @@ def draw(pipe, args: argparse.Namespace, settings: dict[str, Any], seed: int, pr
 
     run = pipe.steps(
         args.prompt, args.negative, steps=args.steps, guidance=args.guidance, sampler=args.sampler,
-        schedule=args.schedule, seed=seed, size=args.size,
+        schedule=args.schedule, seed=seed, size=args.size, prompt2=args.prompt2, negative2=args.negative2,
+        emphasis=args.emphasis, clip_skip=args.clip_skip,
     )  # fmt: skip
     # disable=None: a bar only where stderr is a terminal
     for progress in tqdm(run, total=len(run.steps), desc=f"seed {seed}", disable=None, leave=False, file=sys.stderr):
@@ -297,6 +334,17 @@ def draw(pipe, args: argparse.Namespace, settings: dict[str, Any], seed: int, pr
     picture = image.to_pictures(pipe.decode(progress.x))[0]
     picture.metadata = settings | {"seed": seed, "size": f"{picture.size[0]}x{picture.size[1]}"}
     return picture, run.notices
+
+
+def take_embeddings(pipe, args: argparse.Namespace) -> dict[str, list[str]]:
+    """Attach the embeddings of `--embedding`; what to record of them."""
+    from sdcore import embeddings
+    from sdcore.weights.embeddings import read_embeddings
+
+    for path in args.embedding:
+        for embedding in read_embeddings(path):
+            embeddings.attach(pipe, embedding)
+    return {"embedding": list(args.embedding)} if args.embedding else {}
 
 
 def take_loras(pipe, args: argparse.Namespace) -> dict[str, list[str]]:
@@ -334,9 +382,16 @@ def take_settings(args: argparse.Namespace) -> dict[str, Any]:
         tell(
             f"{args.source}: made by another program; its settings are taken, not its model, and the picture will differ"
         )
-    words = [f"--{name}={recorded[name]}" for name in (RECORDED if ours else FOREIGN) if recorded.get(name) is not None]
-    if ours and not args.lora and isinstance(recorded.get("lora"), list):
-        words += [f"--lora={adapter}" for adapter in recorded["lora"]]
+    for name, value in ({} if ours else image.read_parameters(args.source)).items():
+        if name in UNFOLLOWED or (name == "RNG" and value != "CPU"):
+            tell(f"{args.source}: says {name}: {value[:80]}, which is not followed")
+    if ours:  # before there was a choice, brackets were read literally
+        recorded.setdefault("emphasis", "none")
+    known = [name for name in (RECORDED if ours else FOREIGN) if recorded.get(name) is not None]
+    words = [f"--{name.replace('_', '-')}={recorded[name]}" for name in known]
+    for name in ("lora", "embedding"):
+        if ours and not getattr(args, name) and isinstance(recorded.get(name), list):
+            words += [f"--{name}={file}" for file in recorded[name]]
     at = args.words.index("generate") + 1
     again = parser().parse_args([*args.words[:at], *words, *args.words[at:]])
     vars(args).update(vars(again))
@@ -348,7 +403,10 @@ def describe(args: argparse.Namespace, pipe) -> dict[str, Any]:
     """Everything that decides how the picture comes out."""
     import torch
 
-    names = ("model", "prompt", "negative", "steps", "guidance", "schedule", "engine", "kernels")
+    names = (
+        "model", "prompt", "negative", "prompt2", "negative2", "emphasis", "clip_skip", "steps", "guidance", "schedule", "engine",
+        "kernels",
+    )  # fmt: skip
     given = {name: getattr(args, name) for name in names}
     return given | {
         "sampler": args.sampler or pipe.scheduler.sampler,

@@ -135,6 +135,13 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
         return metadata
 
 
+def read_parameters(path: str | Path) -> dict[str, str]:
+    """Return the last line of a PNG's `parameters` in pairs, just as another tool wrote it; {} if none. Errors as above."""
+    with _opened(path) as (file, _):
+        text = getattr(file, "info", {}).get("parameters")
+    return split_parameters(text)[1] if isinstance(text, str) and len(text) < 2**20 else {}
+
+
 def grid(pictures: Sequence[Picture], columns: int | None = None, gap: int = 4) -> Picture:
     """Return the pictures side by side on white, `columns` a row (as square as it gets), with the first one's metadata."""
     w, h = _one_size(pictures)
@@ -169,11 +176,25 @@ SAMPLER_NAMES = {
     "dpm2": "DPM2", "dpm2_a": "DPM2 a", "dpmpp_2m": "DPM++ 2M", "dpmpp_2m_sde": "DPM++ 2M SDE", "dpmpp_sde": "DPM++ SDE",
     "dpmpp_2s_a": "DPM++ 2S a", "dpmpp_3m_sde": "DPM++ 3M SDE", "unipc": "UniPC", "deis": "DEIS", "lcm": "LCM", "tcd": "TCD",
 }  # fmt: skip
+EMPHASIS_NAMES = {"a1111": "Original", "no-norm": "No norm", "none": "None"}
+SCHEDULE_NAMES = {"align your steps": "ays", "uniform": "linspace"}  # where it is not their name in small letters
+# What A1111's "Automatic" means for a sampler; for all others, the model's own.
+AUTOMATIC = {
+    "dpmpp_2m": "karras", "dpmpp_sde": "karras", "dpmpp_2s_a": "karras", "dpm2": "karras", "dpm2_a": "karras",
+    "dpmpp_2m_sde": "exponential", "dpmpp_3m_sde": "exponential",
+}  # fmt: skip
+
+
+def clip_skip(text: str) -> int:
+    """A1111 counts the layer that it reads, from the last; here it is how many are left out."""
+    return int(text) - 1
+
+
 # our key, theirs, how a text becomes a value
 FIELDS = (
     ("steps", "Steps", int), ("sampler", "Sampler", str), ("schedule", "Schedule type", str), ("guidance", "CFG scale", float),
     ("seed", "Seed", int), ("size", "Size", str), ("model", "Model", str), ("model_hash", "Model hash", str),
-    ("version", "Version", str),
+    ("clip_skip", "Clip skip", clip_skip), ("emphasis", "Emphasis", str), ("version", "Version", str),
 )  # fmt: skip
 PAIR = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
 
@@ -185,21 +206,17 @@ def parameters_text(settings: dict[str, Any]) -> str:
         lines.append(f"Negative prompt: {settings['negative']}")
     pairs = []
     for ours, theirs, _ in FIELDS:
-        if settings.get(ours) is not None:
-            text = str(settings[ours])
-            text = SAMPLER_NAMES.get(text, text) if ours == "sampler" else text
+        if settings.get(ours) is not None and (ours, settings[ours]) not in (("clip_skip", 0), ("emphasis", "a1111")):
+            text = str(settings[ours] + 1 if ours == "clip_skip" else settings[ours])
+            text = {"sampler": SAMPLER_NAMES, "emphasis": EMPHASIS_NAMES}.get(ours, {}).get(text, text)
             pairs.append(f"{theirs}: {json.dumps(text) if set(text) & set(',:') else text}")
     return "\n".join([*lines, ", ".join(pairs)])
 
 
 def parse_parameters(text: str) -> dict[str, Any]:
     """Return our settings of such a text. Lines that are none belong to the prompts; what does not parse is left out."""
-    lines, last = text.strip().split("\n"), ""
-    # Fewer than three could be words of a prompt ("Style: oil, mood: calm"); a longer line takes a pattern quadratic time.
-    if len(lines[-1]) <= 4096 and len(PAIR.findall(lines[-1])) >= 3:
-        last = lines.pop()
+    lines, found = split_parameters(text)
     prompt, mark, negative = ("\n" + "\n".join(lines)).partition("\nNegative prompt:")
-    found = {key: value for key, value in PAIR.findall(last)}
     settings: dict[str, Any] = {"prompt": prompt.strip()} | ({"negative": negative.strip()} if mark else {})
     ours_by_name = {theirs.lower(): ours for ours, theirs in SAMPLER_NAMES.items()}
     for ours, theirs, kind in FIELDS:
@@ -213,9 +230,23 @@ def parse_parameters(text: str) -> dict[str, Any]:
         if curve in ("Karras", "Exponential"):
             settings |= {"sampler": name, "schedule": curve}
         settings["sampler"] = ours_by_name.get(settings["sampler"].lower(), settings["sampler"])
-    if (schedule := settings.pop("schedule", "automatic").lower().replace(" ", "_")) != "automatic":
-        settings["schedule"] = schedule
+    schedule = settings.pop("schedule", "").lower()
+    schedule = AUTOMATIC.get(settings.get("sampler", ""), "") if schedule == "automatic" else schedule
+    if schedule:
+        settings["schedule"] = SCHEDULE_NAMES.get(schedule, schedule.replace(" ", "_"))
+    if "emphasis" in settings:
+        by_name = {theirs.lower(): ours for ours, theirs in EMPHASIS_NAMES.items()}
+        settings["emphasis"] = by_name.get(settings["emphasis"].lower(), settings["emphasis"])
     return settings
+
+
+def split_parameters(text: str) -> tuple[list[str], dict[str, str]]:
+    """The lines of the prompts, and the pairs of the last line as they stand there."""
+    lines, last = text.strip().split("\n"), ""
+    # Fewer than three could be words of a prompt ("Style: oil, mood: calm"); a longer line takes a pattern quadratic time.
+    if len(lines[-1]) <= 4096 and len(PAIR.findall(lines[-1])) >= 3:
+        last = lines.pop()
+    return lines, {key: value.strip() for key, value in PAIR.findall(last)}
 
 
 # --- files
