@@ -167,10 +167,10 @@ def unmerge(target: Any, *names: str) -> None:
 def set_strength(target: Any, name: str, strength: Strength) -> None:
     """Change how strongly an attached or merged adapter acts; its scales stay. Errors as of `attach`."""
     _check_strength(strength)
-    for model, table, _ in _chosen(target, (name,)):
-        use = table.uses[name]
-        if use.merged and callable(strength):
-            raise ConfigError(f"adapter {name!r}: is merged, so its strength cannot change by step; unmerge it first")
+    uses = [(model, table.uses[name]) for model, table, there in _chosen(target, (name,)) if there]
+    if callable(strength) and any(use.merged for _, use in uses):
+        raise ConfigError(f"adapter {name!r}: is merged, so its strength cannot change by step; unmerge it first")
+    for model, use in uses:
         use.strength = strength
         _write(model, use.changes)
 
