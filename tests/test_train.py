@@ -1,4 +1,4 @@
-"""The training loop and its two methods: exact resume, stopping, damage, the loss formulas, the cache, the vocabulary.
+"""The training loop and its first three methods: exact resume, stopping, damage, the loss formulas, the cache, the vocabulary.
 
 Everything runs on networks of a few thousand parameters; that the methods learn is shown by the bundled model they made.
 """
@@ -16,23 +16,23 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from scipy import stats
-from sdcore.train import checker, loop, text2image, vae, vocabulary, world
+from sdcore.train import checker, loop, text, text2image, vae, vocabulary, world
 
 from sdcore.errors import NonFiniteError, TrainingError
 from sdcore.tokenizer import Tokenizer
 
 SMALL_VAE = dataclasses.replace(vae.CONFIG, channels=(32, 32, 32, 32))  # narrower ones run slower on a CPU
 SMALL_UNET = dataclasses.replace(text2image.UNET, channels=(16, 16), heads=(2, 2), context_dim=16)
-SMALL_TEXT = dataclasses.replace(text2image.TEXT, width=16, layers=1, heads=2, mlp=32)
+SMALL_TEXT = dataclasses.replace(text.CONFIG, width=16, layers=1, heads=2, mlp=32)
 
 
 @pytest.fixture
 def small(monkeypatch):
-    """Both methods with tiny networks and tiny cache files."""
+    """The methods with tiny networks and tiny cache files."""
     monkeypatch.setattr(vae, "CONFIG", SMALL_VAE)
     monkeypatch.setattr(vae, "MEASURED", 16)
     monkeypatch.setattr(text2image, "UNET", SMALL_UNET)
-    monkeypatch.setattr(text2image, "TEXT", SMALL_TEXT)
+    monkeypatch.setattr(text, "CONFIG", SMALL_TEXT)
     monkeypatch.setattr(text2image, "SHARD", 32)
     monkeypatch.setattr(vae.TrainVAE, "evaluate", lambda *_: {})
     monkeypatch.setattr(text2image.TextToImage, "evaluate", lambda *_: {})
@@ -45,11 +45,16 @@ def vae_options(out: Path, **changes) -> vae.VAEOptions:
     return vae.VAEOptions(out=str(out), **(defaults | changes))
 
 
+def word_options(out: Path, **changes) -> text.TextOptions:
+    defaults = dict(steps=6, batch=8, warmup=2, cooldown=2, save_every=2, log_every=2, eval_every=0, seed=3, threads=1)
+    return text.TextOptions(out=str(out), **(defaults | changes))
+
+
 def text_options(out: Path, **changes) -> text2image.TextToImageOptions:
     defaults = dict(
         steps=6, batch=8, warmup=2, cooldown=2, save_every=2, log_every=2, eval_every=0, shards=1, seed=3, threads=1
     )
-    places = dict(vae=str(out.parent / "vae"), cache=str(out.parent / "cache"))
+    places = {name: str(out.parent / name) for name in ("vae", "text", "cache")}
     return text2image.TextToImageOptions(out=str(out), **(defaults | places | changes))
 
 
@@ -290,7 +295,7 @@ def cut_at(task, step: int):
     return task
 
 
-def test_both_methods_resume_to_the_same_bits_and_export(tmp_path, small):
+def test_every_method_resumes_to_the_same_bits_and_export(tmp_path, small):
     o = vae_options(tmp_path / "vae")
     assert loop.run(vae.TrainVAE(o), o) == 0
     p = vae_options(tmp_path / "vae2")
@@ -300,20 +305,36 @@ def test_both_methods_resume_to_the_same_bits_and_export(tmp_path, small):
     assert loop.run(vae.TrainVAE(p), p) == 0
     assert_same_bits(final(tmp_path / "vae"), final(tmp_path / "vae2"))
 
-    q = text_options(tmp_path / "text")
+    o = word_options(tmp_path / "text")
+    assert loop.run(text.TrainText(o), o) == 0
+    p = word_options(tmp_path / "text2")
+    with pytest.raises(Cut):
+        loop.run(cut_at(text.TrainText(p), 3), p)
+    p = dataclasses.replace(p, resume=True)
+    assert loop.run(text.TrainText(p), p) == 0
+    assert_same_bits(final(tmp_path / "text"), final(tmp_path / "text2"))
+
+    q = text_options(tmp_path / "unet")
     assert loop.run(text2image.TextToImage(q), q) == 0
-    r = text_options(tmp_path / "text2")
+    r = text_options(tmp_path / "unet2")
     with pytest.raises(Cut):
         loop.run(cut_at(text2image.TextToImage(r), 5), r)  # in the second epoch: 4 batches make one
     r = dataclasses.replace(r, resume=True)
     assert loop.run(text2image.TextToImage(r), r) == 0
-    assert_same_bits(final(tmp_path / "text"), final(tmp_path / "text2"))
+    assert_same_bits(final(tmp_path / "unet"), final(tmp_path / "unet2"))
 
     import sdcore
 
-    pipe = sdcore.load(str(tmp_path / "text/model"), dtype=torch.float32)
+    pipe = sdcore.load(str(tmp_path / "unet/model"), dtype=torch.float32)
     assert pipe.scheduler == text2image.SCHEDULER and pipe.tokenizers[0].max_length == vocabulary.LENGTH
     assert torch.isfinite(pipe("a red circle", steps=2).pixels).all()
+    learned = load_file(tmp_path / "text/text_encoder/model.safetensors")  # it stays as it is
+    kept = load_file(tmp_path / "unet/model/text_encoder/model.safetensors")
+    assert learned.keys() == kept.keys() and all(torch.equal(learned[k].half(), kept[k]) for k in learned)
+
+    s = text_options(tmp_path / "unet3", start=str(tmp_path / "unet/model"))
+    found, expected = text2image.TextToImage(s).unet.state_dict(), pipe.unet.state_dict()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_decoder_only_leaves_the_encoder_alone(tmp_path, small):
@@ -393,11 +414,13 @@ def test_timesteps_are_spread():
 def test_every_epoch_sees_every_picture_once_with_its_own_caption(tmp_path, small):
     o = vae_options(tmp_path / "vae", steps=1)
     loop.run(vae.TrainVAE(o), o)
-    task = text2image.TextToImage(text_options(tmp_path / "text", shards=2))
+    p = word_options(tmp_path / "text", steps=1)
+    loop.run(text.TrainText(p), p)
+    task = text2image.TextToImage(text_options(tmp_path / "unet", shards=2))
     rows = [torch.cat([task.rows(epoch * 8 + i) for i in range(8)]) for epoch in range(2)]
     assert [sorted(r.tolist()) for r in rows] == [list(range(64))] * 2 and not torch.equal(*rows)
 
-    tokens = {i: token for token, i in json.loads((tmp_path / "text/model/tokenizer/vocab.json").read_text()).items()}
+    tokens = {i: token for token, i in json.loads((tmp_path / "unet/model/tokenizer/vocab.json").read_text()).items()}
     encoder = text2image.load_vae(str(tmp_path / "vae"))
     for shard in range(2):
         rng = np.random.default_rng([3, shard])
@@ -415,7 +438,37 @@ def test_every_epoch_sees_every_picture_once_with_its_own_caption(tmp_path, smal
                 assert all(checker.matches(scene, demand).values()), (words, scene)
 
     with pytest.raises(TrainingError, match="another autoencoder"):
-        text2image.TextToImage(text_options(tmp_path / "text", seed=4))
+        text2image.TextToImage(text_options(tmp_path / "unet", seed=4))
+
+
+def test_text_labels_say_what_a_caption_demands_from_either_end():
+    rng = np.random.default_rng(0)
+    for scene in (world.training_scene(rng) for _ in range(300)):
+        words = world.caption(scene)
+        found = text.labels(words)
+        assert len(found) == len(text.CLASSES) and all(0 <= a < n for a, n in zip(found, text.CLASSES, strict=True))
+        if len(scene.things) == 2:
+            assert text.labels(world.caption(world.mirrored(scene))) == found
+            first = min(scene.things, key=lambda thing: (thing.x, thing.y))
+        else:
+            first = scene.things[0]
+        assert (found[0], found[5]) == (1, len(scene.things) - 1)
+        for name, a in zip(text.THING, found[1:5], strict=True):
+            assert text.THING[name][a] == getattr(first, name)
+        assert (None, *world.BACKGROUNDS)[found[-1]] == scene.background
+    assert text.labels("") == [0] * 12 and text.labels("a circle") == [1, 1] + [0] * 10
+
+
+def test_text_learns_from_nothing_held_out_and_is_read_from_the_end_token_on(tmp_path, small):
+    task = text.TrainText(word_options(tmp_path, empty=0.3))
+    words = task.captions(np.random.default_rng(0), 500)
+    assert 100 < words.count("") < 200
+    pairs = {(thing.colour, thing.shape) for w in words for thing in world.parse(w).things}
+    assert len(pairs) > 40 and not pairs & world.HELD_OUT_PAIRS
+    texts = ["a red circle", "", "a small blue square above a large dotted yellow heart on grey"]
+    logits, which = task.read(texts)
+    lengths = [vocabulary.LENGTH - 1 - len(task.tokenizer.encode(t)) for t in texts]  # all but the start and the words
+    assert torch.bincount(which).tolist() == lengths and [x.shape[1] for x in logits] == text.CLASSES
 
 
 def test_vocabulary_has_a_token_for_every_word_and_spells_the_rest(tmp_path):
@@ -443,3 +496,15 @@ def test_options_become_a_command_line(capsys):
     with pytest.raises(SystemExit) as stopped:
         vae.parse(vae.VAEOptions, ["--steps", "many"], prog="t")
     assert stopped.value.code == 2
+
+
+def test_the_same_words_always_give_the_same_tokens():
+    words = world.VOCABULARY
+    first = vocabulary.learn_merges(words)
+    assert first == vocabulary.learn_merges(words[::-1]) and len(set(first)) == len(first)
+    assert vocabulary.learn_merges(["abab", "ab", "cd"]) == [  # ab</w> three times, then by the alphabet
+        ("a", "b</w>"),
+        ("a", "b"),
+        ("ab", "ab</w>"),
+        ("c", "d</w>"),
+    ]

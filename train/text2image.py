@@ -146,6 +146,7 @@ def build_cache(options: TextToImageOptions, tokenizer: Tokenizer) -> None:
     cache.mkdir(parents=True, exist_ok=True)
     recipe = {
         "vae": sha256(Path(options.vae) / "vae" / files_name("vae")), "captions": options.captions, "seed": options.seed,
+        "tokens": hashlib.sha256(repr([tokenizer.encode(word) for word in world.VOCABULARY]).encode()).hexdigest(),
         "world": world.fingerprint(),
     }  # fmt: skip
     note = cache / "recipe.json"

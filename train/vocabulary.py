@@ -5,11 +5,11 @@ then start and end. Every word of the world becomes one token; any other text is
 sdcore's Tokenizer and by transformers' CLIPTokenizer alike.
 """
 
+import itertools
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from sdcore.tokenizer import END, START, WORD_END, clip_vocabulary
 
@@ -17,15 +17,29 @@ LENGTH = 32  # tokens a prompt, start and end among them: the longest caption of
 
 
 def learn_merges(words: Sequence[str]) -> list[tuple[str, str]]:
-    """Byte-pair merges, most frequent pair first, until every word is one token (Sennrich et al. 2016)."""
-    bpe = Tokenizer(models.BPE(end_of_word_suffix=WORD_END))
-    bpe.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    trainer = trainers.BpeTrainer(
-        vocab_size=10_000, end_of_word_suffix=WORD_END, show_progress=False, special_tokens=[]
-    )
-    bpe.train_from_iterator(sorted(words), trainer)
-    merges = json.loads(bpe.to_str())["model"]["merges"]
-    return [tuple(merge) if isinstance(merge, list) else tuple(merge.split(" ")) for merge in merges]
+    """Byte-pair merges, most frequent pair first, until every word is one token. Source: Sennrich et al. 2016, algorithm 1.
+
+    Of pairs that are equally frequent the first in the alphabet goes first: the same words always give the same tokens.
+    (The trainer of the library `tokenizers` leaves that to chance, and ids of one run mean other words in the next.)
+    """
+    spelled = [[*word[:-1], word[-1] + WORD_END] for word in sorted(set(words))]
+    merges: list[tuple[str, str]] = []
+    while counts := Counter(pair for symbols in spelled for pair in itertools.pairwise(symbols)):
+        pair = min(counts, key=lambda pair: (-counts[pair], pair))
+        spelled = [merged(symbols, pair) for symbols in spelled]
+        merges.append(pair)
+    return merges
+
+
+def merged(symbols: list[str], pair: tuple[str, str]) -> list[str]:
+    """The symbols with every occurrence of `pair` made one, from the left."""
+    out: list[str] = []
+    for symbol in symbols:
+        if out and (out[-1], symbol) == pair:
+            out[-1] += symbol
+        else:
+            out.append(symbol)
+    return out
 
 
 def write(folder: Path, words: Sequence[str]) -> None:
