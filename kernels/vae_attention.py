@@ -48,13 +48,12 @@ def product(
     column = inside // height * N + tl.arange(0, N)
     step = tl.arange(0, K)
     batch = tl.program_id(1).to(tl.int64)
-    # Rows and columns beyond the end are read from the start again: what comes of them is not stored.
-    a += batch * a_batch + (row % m).to(tl.int64)[:, None] * a_m + step[None, :] * a_k
-    b += batch * b_batch + (column % n).to(tl.int64)[None, :] * b_n + step[:, None] * b_k
+    a += batch * a_batch + row.to(tl.int64)[:, None] * a_m + step[None, :] * a_k
+    b += batch * b_batch + column.to(tl.int64)[None, :] * b_n + step[:, None] * b_k
     acc = tl.zeros([M, N], tl.float32)
     for start in range(0, depth, K):
-        left = tl.load(a, mask=(step < depth - start)[None, :], other=0.0)
-        right = tl.load(b, mask=(step < depth - start)[:, None], other=0.0)
+        left = tl.load(a, mask=(row < m)[:, None] & (step < depth - start)[None, :], other=0.0)
+        right = tl.load(b, mask=(column < n)[None, :] & (step < depth - start)[:, None], other=0.0)
         acc = dot(left, right, acc)
         a += K * a_k
         b += K * b_k
