@@ -11,7 +11,6 @@ import pytest
 import torch
 from sdcore.weights import adapter_names as an
 from sdcore.weights import adapters, detect, files, report
-from torch import nn
 
 from sdcore import changes, lora
 from sdcore.errors import AdapterError, CheckpointError, ConfigError
@@ -270,6 +269,10 @@ def test_alpha_pattern_that_is_a_regular_expression_is_refused(tmp_path):
     ):
         with pytest.raises(AdapterError, match="alpha"):
             read(tmp_path, tensors, metadata={"lora_adapter_metadata": json.dumps(table | broken)})
+    whole = {f"unet.{Q}.lokr_w1": torch.ones(32, 32), f"unet.{Q}.lokr_w2": torch.ones(40, 40)}
+    for r in ("four", -4):
+        with pytest.raises(AdapterError, match="has rank"):
+            read(tmp_path, whole, metadata={"lora_adapter_metadata": json.dumps({"unet.r": r})})
     with pytest.raises(AdapterError, match="PEFT configuration"):
         read(tmp_path, tensors, metadata={"lora_adapter_metadata": "[" * 100_000})
 
@@ -301,7 +304,7 @@ def broken_files():
         "2 matching and 100 foreign": (good | foreign, "100 of its modules or keys do not fit"),
         "half a LoRA": ({down: good[down]}, "lacks up"),
         "alpha alone": ({alpha: good[alpha]} | {f"{other}.lora_down.weight": good[down]}, "nothing that it belongs to|lacks up"),
-        "rank 0": ({down: good[down][:0], up: good[up][:, :0], alpha: good[alpha]}, "rank 0"),
+        "rank 0": ({down: good[down][:0], up: good[up][:, :0], alpha: good[alpha]}, "which is no change"),
         "a vector for a matrix": (good | {down: good[down][0]}, "expected a matrix"),
         "wrong width": (good | {down: good[down][:, :64].clone()}, "weight of"),
         "two spellings": (
@@ -365,8 +368,9 @@ def test_other_files_are_named(tmp_path):
             read(tmp_path, tensors)
     with pytest.raises(AdapterError, match="expected one of sd1"):
         read(tmp_path, one_lora(), model="sd7")
+    (tmp_path / "empty").mkdir()
     with pytest.raises(AdapterError, match="holds 0 weight files"):
-        adapters.read_adapter(tmp_path.parent / tmp_path.name / ".." / tmp_path.name)
+        adapters.read_adapter(tmp_path / "empty")
 
 
 def test_damaged_files_are_one_line(tmp_path, written):
@@ -551,7 +555,10 @@ def test_the_page_is_up_to_date():
 
 def test_every_kind_has_a_builder_and_is_detected():
     assert set(adapters.BUILDERS) == {kind.title for kind in an.KINDS}
-    for ending, (kind, _) in an.ENDINGS.items():
-        if kind in (an.LORA, an.LOHA, an.LOKR, an.OFT) and ending != ".rescale":
+    marks = ("down", "up", "w1", "w1_a", "w1_b", "w2", "blocks", "turns", an.DORA, an.MAGNITUDE)
+    for ending, (_, role) in an.ENDINGS.items():
+        if role in marks:
             assert detect.kind_of([f"unet.{Q}{ending.replace('*', 'default')}"]).name == "lora", ending
-    assert isinstance(af.pipe_of("sd1").unet.conv_in, nn.Conv2d)
+    for spelling in an.SPELLINGS:
+        if spelling.prefix.endswith("_"):
+            assert detect.kind_of([f"{spelling.prefix}x.a1.weight"]).name == "lora", spelling

@@ -79,7 +79,7 @@ FAMILIES = {
 KINDS = [
     ("ip-adapter", r"^ip_adapter\.|^image_proj\.", "an IP-Adapter", "it goes with a model, not in its place"),
     ("lora", r"lora_(down|up|A|B|unet|te\d?)\b|lora_(unet|te\d?)_|[._]lora\.(down|up)\.|lora_linear_layer|hada_w1|lokr_w[12]"
-     r"|dora_scale|oft_(blocks|diag)|^(lycoris|oft_unet)_|^(unet|text_encoder):\d+:(up|down)$|^\d+$",
+     r"|dora_scale|lora_magnitude_vector|oft_(blocks|diag)|^(lycoris|oft_unet)_|^(unet|text_encoder):\d+:(up|down)$|^\d+$",
      "a LoRA or one of its kin", "load a model and give this file with --lora"),
     ("controlnet", r"^control_model\.|input_hint_block|controlnet_cond_embedding|^lora_controlnet$|lllite_unet|instantx",
      "a ControlNet", "load a model and give this file with --control"),
