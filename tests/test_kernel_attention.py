@@ -16,7 +16,17 @@ from torch import Tensor
 from sdcore import ops
 from sdcore.unet import SD15, UNet
 from tests import peers
-from tests.interpreted import DEVICE, check, check_tracing, compiled, inspect, interpreted, leaf, run_in_interpreter
+from tests.interpreted import (
+    DEVICE,
+    check,
+    check_tracing,
+    compiled,
+    each,
+    inspect,
+    interpreted,
+    leaf,
+    run_in_interpreter,
+)
 
 test_in_the_interpreter = run_in_interpreter(__file__)
 FLOATS = pytest.mark.parametrize("dtype", common.FLOATS, ids=common.name_of)
@@ -298,21 +308,11 @@ def test_a_whole_unet_traces_with_the_kernel():
 
 # ------------------------------------------------------------------------------------------------------------------------ builds
 
-EXTREMES = (
-    "attention forward bf16 160",
-    "attention queries bf16 160",
-    "attention keys bf16 160",
-    "attention forward bf16 40",
-)
-
 
 @compiled
-@pytest.mark.parametrize(
-    "build",
-    [pytest.param(b, id=b.name, marks=[] if b.name in EXTREMES else [pytest.mark.check]) for b in file.builds()],
-)
+@each(file.builds())
 def test_builds(build):
-    """No spills, shared memory within bounds, warp-group products on Hopper. Four in every run, all in `make check`."""
+    """No spills, shared memory within bounds, warp-group products on Hopper."""
     inspect(build)
 
 

@@ -12,7 +12,7 @@ from sdcore.kernels.vae_attention import accepts, vae_attention
 from torch import Tensor
 
 from sdcore import ops
-from tests.interpreted import DEVICE, check, check_tracing, compiled, inspect, interpreted, run_in_interpreter
+from tests.interpreted import DEVICE, check, check_tracing, compiled, each, inspect, interpreted, run_in_interpreter
 
 test_in_the_interpreter = run_in_interpreter(__file__)
 FLOATS = pytest.mark.parametrize("dtype", common.FLOATS, ids=common.name_of)
@@ -128,9 +128,7 @@ def test_one_node_of_a_graph():
 
 
 @compiled
-@pytest.mark.parametrize(
-    "build", [pytest.param(b, id=b.name, marks=[] if "bf16" in b.name else [pytest.mark.check]) for b in file.builds()]
-)
+@each(file.builds())
 def test_builds(build):
-    """No spills, shared memory within bounds, warp-group products on Hopper. bf16 in every run, all in `make check`."""
+    """No spills, shared memory within bounds, warp-group products on Hopper."""
     inspect(build)
