@@ -174,7 +174,7 @@ def test_count_strip_and_json(run, model):
 
 
 def test_words_that_do_not_fit_are_named_once(run):
-    code, out, err = run("generate", "red " * 22 + "elephant", "--count", "2", "--json")
+    code, out, err = run("generate", "red " * 22 + "elephant", "--count", "2", "--json", "--emphasis", "none")
     assert code == 0 and err.count("elephant") == 1 and "22 tokens" in err
     assert "elephant" in json.loads(out)["notices"][0]
 

@@ -85,7 +85,7 @@ KINDS = [
      "a ControlNet", "load a model and give this file with --control"),
     ("t2i-adapter", r"^(adapter\.)?body\.\d+\.(in_conv|block1|resnets)", "a T2I-Adapter",
      "it goes with a model, not in its place"),
-    ("embedding", r"^emb_params$|^string_to_param\.|^clip_[lg]$|^<.*>$", "a textual-inversion embedding",
+    ("embedding", r"^emb_params$|^string_to_param\.|^clip_[lg]$|^text_encoders_[01]$|^<.*>$", "a textual-inversion embedding",
      "load a model and give this file with --embedding"),
     ("unclip", r"^noise_augmentor\.|^embedder\.model\.visual", "a Stable Diffusion 2.1 unCLIP model", "unCLIP is not supported"),
     ("playground", r"^edm_mean$", "Playground 2.5", "its EDM sampling is not supported"),
