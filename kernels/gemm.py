@@ -120,14 +120,14 @@ def tiles(dtype: torch.dtype, gated: bool) -> tuple[Tile, ...]:
     return HALF_GATED if gated else HALF
 
 
-def choose(m: int, n: int, dtype: torch.dtype, gated: bool, processors: int) -> Tile:
+def choose(m: int, n: int, tiles: tuple[Tile, ...], processors: int) -> Tile:
     """The tile that ends first: rounds of tiles over the multiprocessors, times the work of a tile, over its rate."""
 
     def time(tile: Tile) -> float:
         rounds = triton.cdiv(triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n), processors)
         return rounds * tile.m * tile.n / tile.rate
 
-    return min(tiles(dtype, gated), key=time)
+    return min(tiles, key=time)
 
 
 def processors_of(x: Tensor) -> int:
@@ -140,7 +140,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | N
     k, n = x.shape[-1], len(weight) // (1 + gated)
     m = x.numel() // k
     y = empty((*x.shape[:-1], n), x)
-    tile = choose(m, n, x.dtype, gated, processors_of(x))
+    tile = choose(m, n, tiles(x.dtype, gated), processors_of(x))
     grid = (triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n),)
     gemm_forward[grid](
         x, weight, weight if bias is None else bias, y if residual is None else residual, y, m, n, k, row_stride(x),

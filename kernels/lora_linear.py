@@ -23,7 +23,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from sdcore.kernels.common import FLOATS, Build, build, can_run, dot, empty, name_of, row_stride
-from sdcore.kernels.gemm import TOGETHER, Tile, processors_of, tile_of
+from sdcore.kernels.gemm import TOGETHER, Tile, choose, processors_of, tile_of
 from torch import Tensor
 
 WIDEST = 128  # rank
@@ -71,16 +71,6 @@ def lora_linear_forward(
     tl.store(y + row.to(tl.int64)[:, None] * n + column[None, :], out, inside)
 
 
-def choose(m: int, n: int, dtype: torch.dtype, processors: int) -> Tile:
-    """As `gemm.choose`."""
-
-    def time(tile: Tile) -> float:
-        rounds = triton.cdiv(triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n), processors)
-        return rounds * tile.m * tile.n / tile.rate
-
-    return min(FULL if dtype == torch.float32 else HALF, key=time)
-
-
 def width(rank: int) -> int:
     """The rank as the matrix units see it."""
     return max(16, triton.next_power_of_2(rank))
@@ -91,7 +81,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Te
     (n, k), r = weight.shape, len(down)
     m = x.numel() // k
     y = empty((*x.shape[:-1], n), x)
-    tile = choose(m, n, x.dtype, processors_of(x))
+    tile = choose(m, n, FULL if x.dtype == torch.float32 else HALF, processors_of(x))
     grid = (triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n),)
     lora_linear_forward[grid](
         x, weight, weight if bias is None else bias, down, up, y, m, n, k, r, scale, row_stride(x),

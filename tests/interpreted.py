@@ -172,7 +172,7 @@ def within(ours: Tensor, theirs: Tensor, exact: Tensor, name: str = "output", fa
 
 def check_tracing(operation: Any, kernel: Callable, *args: Any, **kwargs: Any) -> None:
     """Assert that `kernel` is one node of a graph: under `torch.compile(fullgraph=True)`, with its backward, and under
-    `torch.export`. `operation` is the name of the node; what the graphs compute is bit-equal to the kernel run by itself."""
+    `torch.export`. `operation` is the name of the node; what the graphs compute is what the kernel computes by itself."""
 
     class Model(torch.nn.Module):
         def forward(self, *tensors):
@@ -184,8 +184,11 @@ def check_tracing(operation: Any, kernel: Callable, *args: Any, **kwargs: Any) -
     graph = torch.compile(Model(), fullgraph=True, backend="aot_eager")
     plain, traced = (results(f, tensors, {}, seed=1) for f in (Model(), graph))
     assert plain.keys() == traced.keys()
-    for name in plain:
-        assert torch.equal(plain[name], traced[name]), name
+    for (
+        name,
+        x,
+    ) in plain.items():  # a traced backward may be handed its gradient in another layout, and add up in another order
+        assert torch.allclose(x, traced[name], rtol=1e-5, atol=1e-5 * ("gradient" in name) * float(x.abs().max())), name
     exported = torch.export.export(Model(), tuple(leaf(t).detach() for t in tensors))
     names = [str(node.target) for node in exported.graph.nodes if node.op == "call_function"]
     assert any(f"sdcore.{operation}." in name for name in names), names

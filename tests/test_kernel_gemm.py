@@ -94,9 +94,9 @@ def test_gemm_refuses():
 
 def test_choice():
     """The choice ends no later than any other would, by its own estimate, and large work gets large tiles."""
-    assert gemm.choose(65536, 5120, torch.bfloat16, False, 132) is gemm.HALF[0]
-    assert gemm.choose(128, 1280, torch.bfloat16, False, 132) is gemm.HALF[-1]
-    assert gemm.choose(65536, 5120, torch.bfloat16, True, 132) is gemm.HALF_GATED[0]
+    assert gemm.choose(65536, 5120, gemm.HALF, 132) is gemm.HALF[0]
+    assert gemm.choose(128, 1280, gemm.HALF, 132) is gemm.HALF[-1]
+    assert gemm.choose(65536, 5120, gemm.HALF_GATED, 132) is gemm.HALF_GATED[0]
 
 
 # ------------------------------------------------------------------------------------------------------------------- LoRA
@@ -181,7 +181,7 @@ def test_conv_by_two(size):
 
 @interpreted
 def test_every_tile_of_conv(monkeypatch):
-    for tile in gemm.HALF:
+    for tile in conv.HALF:
         monkeypatch.setattr(conv, "choose", lambda *_, tile=tile: tile)
         given = {name: t.detach() for name, t in filters(2, 64, 9, 8, tile.n + 3, torch.bfloat16).items()}
         check(conv.conv, conv.reference, **given)
