@@ -159,6 +159,9 @@ def test_oft_turns_runs_of_outputs(weight):
         rows = slice(8 * k, 8 * k + 8)
         close(new[rows].flatten(1), turn.T @ weight[rows].flatten(1), 1e-6)
         close(turn.T @ turn, torch.eye(8, dtype=torch.float64), 1e-6)
+    turns = torch.stack([torch.linalg.qr(block)[0] for block in blocks])  # early files hold the turns themselves
+    turned = (turns.mT @ weight.flatten(1).unflatten(0, (4, 8))).reshape(weight.shape)
+    close(weight + Orthogonal(turns, cayley=False).delta(weight), turned, 1e-12)
     half = weight + Orthogonal(blocks).delta(weight, 0.5)
     close(half, (weight + new) / 2, 1e-12)
     rescale = 1 + random(O, seed=2)
