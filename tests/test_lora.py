@@ -12,17 +12,18 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from sdcore.weights.adapters import write_adapter
 from torch import nn
 
 import sdcore
-from sdcore import lora
+from sdcore import image, lora
 from sdcore.changes import IA3, DoRA, Full, GLoRA, Hadamard, Kronecker, LowRank, Orthogonal, Replace, Sum
+from sdcore.cli import main
 from sdcore.clip import LayerNorm
 from sdcore.errors import AdapterError, ConfigError
 from sdcore.unet import SD15, SDXL, GroupNorm, UNet, UNetConfig
 from tests import peers, tiny_models
 
-ATTENTION_ONLY = ("attn1", "attn2")
 THIN = UNetConfig(channels=(16,), layers=1, depths=(1,), heads=(2,), cross_only=(False,), context_dim=16, norm_groups=4)
 
 
@@ -742,3 +743,30 @@ def test_lcm_lora_draws_in_few_steps_as_diffusers_does(folders, merged):
         lora.merge(pipe)
     ours = pipe("a red circle", steps=4, sampler="lcm", guidance=1.0, seed=6)
     assert np.abs(bytes_of(ours.images) - bytes_of(want)).max() <= 1
+
+
+def test_generate_takes_adapters(folders, tmp_path, capsys):
+    """`--lora FILE:WEIGHT` is `attach`; the picture remembers it; the prompt may call the file by name instead, not both."""
+    folder, file = folders("sd1"), tmp_path / "style.safetensors"
+    pipe = sdcore.load(folder, device="cpu")
+    adapter = pipeline_lora(pipe, "style", 2, 5, pick=lambda name: "attn2" in name)
+    write_adapter(file, adapter, "kohya", pipe)
+    lora.attach(pipe, adapter, 0.7)
+    want = bytes_of(pipe("cat", steps=2, seed=3).images)
+
+    def generate(name: str, prompt: str, *words: str) -> np.ndarray:
+        out = str(tmp_path / name)
+        common = ["--model", folder, "--steps", "2", "--seed", "3", "--device", "cpu", "--out", out]
+        assert main(["generate", *([prompt] if prompt else []), *common, *words]) == 0
+        return bytes_of([image.open_picture(out).pil])
+
+    found = generate("one.png", "cat", "--lora", f"{file}:0.7")
+    assert np.abs(found - want).max() <= 1
+    assert image.read_metadata(tmp_path / "one.png")["lora"] == [f"{file}:0.7"]
+    assert np.array_equal(generate("again.png", "", "--from", str(tmp_path / "one.png")), found)
+    assert np.array_equal(generate("called.png", "cat<lora:style:0.7>", "--lora", str(file)), found)
+    assert not np.array_equal(
+        generate("other.png", "", "--from", str(tmp_path / "one.png"), "--lora", f"{file}:-1"), found
+    )
+    assert main(["generate", "cat <lora:style:0.7>", "--model", folder, "--lora", f"{file}:0.7"]) == 2
+    assert "the prompt calls 'style' too" in capsys.readouterr().err
