@@ -171,3 +171,11 @@ def test_foreign_names_pass_through():
     t = torch.zeros(1)
     assert names.unet_from_ldm({"somebody.else.weight": t}, unet.SD15) == {"somebody.else.weight": t}
     assert names.follow("conv_in_extra.weight", names.unet_modules(unet.SD15)) == "conv_in_extra.weight"
+
+
+def test_only_a_1x1_convolution_becomes_a_matrix():
+    """The old layouts' attention projections [o, i, 1] and [o, i, 1, 1] lose their last sides; what has other shapes is left to be refused."""
+    at = "encoder.mid_block.attentions.0.to_q.weight"
+    assert names.vae_spelling({at: torch.zeros(8, 8, 1, 1)})[at].shape == (8, 8)
+    for shape in ((8, 8, 1, 1, 1), (8, 8, 3, 3)):
+        assert names.vae_spelling({at: torch.zeros(shape)})[at].shape == shape

@@ -128,7 +128,7 @@ def vae_spelling(tensors: Tensors) -> Tensors:
     tensors = rename(tensors, {f"{at}.{old}": f"{at}.{new}" for at in where for old, new in VAE_OLD_ATTENTION.items()})
     return {
         name: tensor.flatten(1)
-        if name.startswith(where) and tensor.ndim > 2 and tensor.shape[2:].numel() == 1
+        if name.startswith(where) and tensor.ndim in (3, 4) and tensor.shape[2:].numel() == 1
         else tensor
         for name, tensor in tensors.items()
     }
