@@ -32,8 +32,10 @@ gpu: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),.venv/.test)
 # The bundled model, from nothing: about two hours on two cores. Interrupt it as you like, the same command goes on.
 resume = $(if $(wildcard runs/$(1)/checkpoints/step-*),--resume)
 train: .venv/.run
-	$(BIN)/sdcore train vae --out runs/vae --steps 4300 --close-steps 4100 --cooldown 200 $(call resume,vae)
-	$(BIN)/sdcore train text2image --vae runs/vae --out runs/text2image --steps 12000 --lr 0.0015 $(call resume,text2image)
+	$(BIN)/sdcore train vae --out runs/vae --steps 8000 --close-steps 7000 --cooldown 800 $(call resume,vae)
+	$(BIN)/sdcore train text --out runs/text $(call resume,text)
+	$(BIN)/sdcore train text2image --vae runs/vae --text runs/text --out runs/text2image --shards 6 --steps 12000 --cooldown 3000 \
+		--lr 0.0015 $(call resume,text2image)
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
