@@ -174,7 +174,7 @@ def test_foreign_names_pass_through():
 
 
 def test_only_a_1x1_convolution_becomes_a_matrix():
-    """The old layouts' attention projections [o, i, 1] and [o, i, 1, 1] lose their last sides; what has other shapes is left to be refused."""
+    """The old layouts' attention projections [o, i, 1] and [o, i, 1, 1] become matrices; others are left to be refused."""
     at = "encoder.mid_block.attentions.0.to_q.weight"
     assert names.vae_spelling({at: torch.zeros(8, 8, 1, 1)})[at].shape == (8, 8)
     for shape in ((8, 8, 1, 1, 1), (8, 8, 3, 3)):
