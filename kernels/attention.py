@@ -342,7 +342,9 @@ def tile(kernel: str, d: int, dtype: torch.dtype, exact: bool) -> Tile:
     """The tile of "forward", "queries" or "keys" (the halves of backward)."""
     widest = next(width for width in (64, 96, 192) if sum(pieces(d)) <= width)
     cut = TILES[kernel, widest, dtype.itemsize]
-    return cut._replace(warps=8) if exact else cut  # what rounding lost needs registers of its own
+    if exact:  # what rounding lost needs registers of its own
+        return cut._replace(M=32) if kernel == "keys" else cut._replace(warps=8)
+    return cut
 
 
 # Chosen by what the compiler makes of them for sm_90 (registers, shared memory, instructions of the loop), not yet by a clock.
@@ -357,7 +359,7 @@ TILES = {  # (kernel, width of the pieces up to, bytes a number)
     ("queries", 192, 2): Tile(64, 32, 4, 2),
     ("keys", 64, 2): Tile(64, 128, 8, 2),
     ("keys", 96, 2): Tile(64, 64, 4, 2),
-    ("keys", 192, 2): Tile(64, 64, 8, 2),
+    ("keys", 192, 2): Tile(32, 64, 8, 2),
     **{("forward", width, 4): Tile(32, 16, 8, 1) for width in (64, 96, 192)},
     **{("queries", width, 4): Tile(16, 16, 8, 1) for width in (64, 96, 192)},
     **{("keys", width, 4): Tile(16, 32, 8, 1) for width in (64, 96, 192)},
