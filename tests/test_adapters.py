@@ -243,6 +243,20 @@ def test_alpha_rules(tmp_path, alpha, scale, wanted, said):
     assert said in loaded.to_text()
 
 
+def test_lokr_of_whole_factors_has_no_scale(tmp_path):
+    """alpha counts only where a factor is a product."""
+    path = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+    whole = {
+        f"{path}.lokr_w1": torch.ones(32, 32),
+        f"{path}.lokr_w2": torch.ones(40, 40),
+        f"{path}.alpha": torch.tensor(2.0),
+    }
+    assert read(tmp_path, whole)[0].parts["unet"][Q].scale == 1
+    del whole[f"{path}.lokr_w2"]
+    product = whole | {f"{path}.lokr_w2_a": torch.ones(40, 8), f"{path}.lokr_w2_b": torch.ones(8, 40)}
+    assert read(tmp_path, product)[0].parts["unet"][Q].scale == 0.25
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2])
 def test_precisions(tmp_path, dtype):
     tensors = one_lora(8.0, dtype=dtype)
