@@ -415,7 +415,7 @@ def test_peft_dora_at_a_strength(weight, strength):
         (LowRank(torch.zeros(4, N, 3, 3), torch.zeros(O, 4, 1, 1)), "the weight here is .32, 24."),
         (LowRank(torch.zeros(4, N), torch.zeros(O, 4), torch.zeros(4, 5, 3, 3)), "ranks differ: down .4, 24., mid"),
         (LowRank(torch.full((4, N), torch.nan), torch.zeros(O, 4)), "down holds NaN"),
-        (LowRank(torch.zeros(4, N), torch.full((O, 4), -torch.inf)), "up holds NaN or infinity"),
+        (LowRank(torch.zeros(4, N), torch.tensor([[-torch.inf] + [0.0] * 3] * O)), "up holds NaN or infinity"),
         (LowRank(torch.zeros(0, N), torch.zeros(O, 0)), "down is empty"),
         (Hadamard(*[torch.zeros(O, 4), torch.zeros(3, N)] * 2), "ranks differ: w1_a"),
         (Hadamard(*[torch.zeros(O, 4), torch.zeros(4, N + 2)] * 2), "changes a weight of .32, 26."),
