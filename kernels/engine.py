@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from sdcore.kernels import fused
 from sdcore.kernels.fused import weight_of
+from sdcore.kernels.lossy import DeepCache
 from torch import Tensor, nn
 
 from sdcore import lora, ops
@@ -44,23 +45,29 @@ __all__ = ["Accelerated", "accelerate", "weight_of"]
 Operations = Mapping[str, Callable]
 
 
-def accelerate(pipe: Pipeline, kernels: str = "measured") -> "Accelerated":
+def accelerate(pipe: Pipeline, kernels: str = "measured", *, deep_every: int = 1) -> "Accelerated":
     """A pipeline of the same parts, with the same call and the same pictures, that draws faster.
 
     `pipe` stays as it is and may be used beside it; adapters attached to either are attached to both. Memory: a second copy of
     the convolutions, on a CPU 16/9 of them. `kernels` says what runs the operations of `sdcore.ops`: "triton", "torch", or, on
-    CUDA, whichever is "measured" to be faster. Raises ConfigError for a pipeline that offloads its parts, and for kernels that
-    are unknown or cannot run on the pipeline's device.
+    CUDA, whichever is "measured" to be faster.
+
+    Lossy, other pictures: `deep_every` above 1 runs the deep levels of the UNet at every so many steps only (lossy.py).
+
+    Raises ConfigError for a pipeline that offloads its parts, for kernels that are unknown or cannot run on the pipeline's
+    device, and for a `deep_every` that is no whole number from 1.
     """
     if pipe.offload:
         raise ConfigError(
             "offload: parts that leave the device cannot be prepared on it; load the model without offload"
         )
+    if isinstance(deep_every, bool) or not isinstance(deep_every, int) or deep_every < 1:
+        raise ConfigError(f"deep_every: expected a whole number from 1, found {deep_every!r:.80}")
     parts = {f.name: getattr(pipe, f.name) for f in fields(Pipeline)}
     half = weight_of(pipe.unet.conv_in).dtype != torch.float32
     if pipe.device.type == "cuda" and half and weight_of(pipe.vae.decoder.conv_in).dtype != torch.bfloat16:
         parts["vae"] = copy.deepcopy(pipe.vae).to(torch.bfloat16)  # fp16 overflows in some decoders, fp32 is slow
-    return Accelerated(**parts, operations=operations(kernels, pipe.device))
+    return Accelerated(**parts, operations=operations(kernels, pipe.device), deep_every=deep_every)
 
 
 def operations(kernels: str, device: torch.device) -> Operations:
@@ -97,6 +104,7 @@ class Accelerated(Pipeline):
     """What `accelerate` gives: a `Pipeline` in every respect, that draws with the mirrors of its models."""
 
     operations: Operations = field(default_factory=dict, repr=False)
+    deep_every: int = 1
     mirrors: dict[int, "Mirror"] = field(default_factory=dict, repr=False)  # id of a model -> its mirror
 
     def mirror(self, model: nn.Module) -> "Mirror":
@@ -148,7 +156,7 @@ class Accelerated(Pipeline):
     ) -> "Network":
         told = [conditions] * len(way) if isinstance(conditions, Conditions) else list(conditions)
         time_ids = None if told[0].pooled is None else self._time_ids(sizes, told[0].pooled)
-        return Network(self.mirror(self.unet), told, time_ids, way)
+        return Network(self.mirror(self.unet), told, time_ids, way, self.deep_every)
 
 
 class Mirror:
@@ -199,9 +207,17 @@ class Network:
     by step. `constant`: one text and one strength for all steps.
     """
 
-    def __init__(self, mirror: Mirror, conditions: list[Conditions], time_ids: Tensor | None, way: Sequence[Step]):
-        model = mirror.model
-        assert isinstance(model, UNet)
+    def __init__(
+        self,
+        mirror: Mirror,
+        conditions: list[Conditions],
+        time_ids: Tensor | None,
+        way: Sequence[Step],
+        deep_every: int = 1,
+    ):
+        model, twin = mirror.model, mirror.twin
+        assert isinstance(model, UNet) and isinstance(twin, UNet)
+        self.deep = DeepCache(twin, deep_every) if deep_every > 1 else None
         self.mirror, self.model, self.conditions, self.time_ids, self.way = mirror, model, conditions, time_ids, way
         self.dtype, self.device = weight_of(model.conv_in).dtype, weight_of(model.conv_in).device
         self.pictures = 0  # how many are drawn; 0 where not known: then nothing is shared between the branches
@@ -244,4 +260,8 @@ class Network:
         # Every branch sees the same latents: they go in once.
         x = x[: self.pictures or n].to(self.dtype).contiguous(memory_format=torch.channels_last)
         kv = [(k[-n:], v[-n:]) for k, v in self.keys_values[step.i]]
-        return self.mirror.call("step", x, [shift[-n:] for shift in self.shifts[step.i]], kv)
+        shifts = [shift[-n:] for shift in self.shifts[step.i]]
+        if self.deep is None:
+            return self.mirror.call("step", x, shifts, kv)
+        with ops.using(**self.mirror.operations):
+            return self.deep.step(x, shifts, kv, step.i)

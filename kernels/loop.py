@@ -101,9 +101,9 @@ def advance(
 
 
 def fits(run: Run) -> bool:
-    """Whether a run can be drawn here: one text for all steps, no composing, no rescaling, no strength that changes by step."""
+    """Whether a run can be drawn here: one text for all steps, no composing, no rescaling, no strength by step, no DeepCache."""
     guide: Any = run.denoise
-    return guide.shares is None and not guide.rescale and guide.network.constant
+    return guide.shares is None and not guide.rescale and guide.network.constant and guide.network.deep is None
 
 
 @dataclass

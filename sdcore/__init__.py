@@ -29,7 +29,7 @@ def load(name: str, **options: Any):
     return load_(name, **options)
 
 
-def accelerate(pipe, kernels: str = "measured"):
+def accelerate(pipe, **options: Any):
     """A pipeline with the same call that draws the same pictures sooner. See `sdcore.kernels.engine.accelerate`."""
     try:
         from sdcore.kernels.engine import accelerate as accelerate_
@@ -41,4 +41,4 @@ def accelerate(pipe, kernels: str = "measured"):
             "package (pip install -e .); the pipeline draws the same pictures without it",
             name=error.name,
         ) from None
-    return accelerate_(pipe, kernels)
+    return accelerate_(pipe, **options)
