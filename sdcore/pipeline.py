@@ -21,7 +21,6 @@ from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -36,44 +35,12 @@ from sdcore.scheduler import SchedulerConfig
 from sdcore.tokenizer import Tokenizer
 from sdcore.unet import UNet
 from sdcore.vae import VAE
+from sdcore.voices import Conditions, Reader, Region, Texts, Voice, how_many, zeroed
 
 log = logging.getLogger("sdcore")
 
 MAX_SIDE = 8192  # pixels; a larger side is a slip of the finger, and would ask for memory by the terabyte
 MAX_FORMS = 128  # different texts that a prompt may turn into over the steps: keys and values of each are kept
-
-
-class Conditions(NamedTuple):
-    """What the UNet is told of b prompts."""
-
-    context: Tensor  # [b, k, d]
-    pooled: Tensor | None  # XL: one vector for the whole prompt [b, p]
-
-    def then(self, other: "Conditions") -> "Conditions":
-        """Both in one batch, these first."""
-        pooled = (
-            torch.cat([self.pooled, other.pooled]) if self.pooled is not None and other.pooled is not None else None
-        )
-        return Conditions(torch.cat([self.context, other.context]), pooled)
-
-
-class Region(NamedTuple):
-    """A prompt that holds in a part of the picture."""
-
-    prompt: str | Sequence[str]  # for all pictures, or one each
-    mask: Tensor  # [any height, any width], 0..1: where it holds; where regions overlap they share, the rest is the main prompt's
-
-
-Texts = tuple[tuple[str, ...], ...]  # text encoder by text encoder, b texts each
-
-
-class Voice(NamedTuple):
-    """One of the prompts that the pictures follow at the same time, for all b of them."""
-
-    share: float | Tensor  # see `guidance.denoiser`
-    texts: list[Texts]  # one a step; empty where the conditions are given
-    given: Conditions | None = None
-    zeros: tuple[bool, ...] = ()  # pictures whose conditions are zeros
 
 
 class Progress(NamedTuple):
@@ -217,7 +184,7 @@ class Pipeline:
                 f"this {self.family} model draws from a picture, not from a prompt alone: its UNet takes "
                 f"{self.unet.config.in_channels} channels where text to image has {self.unet.config.out_channels}"
             )
-        pictures = _how_many(prompt, "prompt", count)
+        pictures = how_many(prompt, "prompt", count)
         if not isinstance(guidance, (int, float)) or not math.isfinite(guidance):
             raise ConfigError(f"guidance: expected a finite number such as 7.5, found {guidance!r}")
         if emphasis not in grammar.EMPHASIS:
@@ -234,7 +201,7 @@ class Pipeline:
             raise ConfigError(f"noise: expected [{pictures}, {', '.join(map(str, shape))}], found {list(noise.shape)}")
         x = initial(noise.to(self.device, torch.float32), way)
 
-        reader = _Reader(self, pictures, min(steps, len(way)), emphasis)
+        reader = Reader(self, pictures, min(steps, len(way)), emphasis)
         voices = reader.positive(prompt, prompt2, count)
         if regions:
             voices = reader.placed(voices, regions, (h, w))
@@ -270,7 +237,7 @@ class Pipeline:
 
         The other arguments are those of `steps`. PromptError for prompts that are more than one text: schedules, AND, adapters.
         """
-        reader = _Reader(self, len(prompts), 1000, emphasis)
+        reader = Reader(self, len(prompts), 1000, emphasis)
         voices = reader.positive(prompts, prompts2, 1)
         if len(voices) > 1 or len(set(voices[0].texts)) > 1 or reader.loras:
             raise PromptError(
@@ -321,7 +288,7 @@ class Pipeline:
                 encoded[next(texts)] if v.given is None else self._lengthen(v.given, rows, clip_skip) for v in voices
             ]
             told[form] = reduce(
-                Conditions.then, [_zeroed(c, voice.zeros) for c, voice in zip(said, voices, strict=True)]
+                Conditions.then, [zeroed(c, voice.zeros) for c, voice in zip(said, voices, strict=True)]
             )
         return told[forms[0]] if len(told) == 1 else [told[form] for form in forms]
 
@@ -494,163 +461,11 @@ def check_finite(x: Tensor, stage: str) -> None:
         )
 
 
-class _Reader:
-    """Takes the prompts of one call apart: into voices, by text encoder, picture and step."""
-
-    def __init__(self, pipe: Pipeline, pictures: int, steps: int, emphasis: str):
-        self.pipe, self.pictures, self.steps, self.literal = pipe, pictures, steps, emphasis == "none"
-        self.loras: list[grammar.LoraTag] = []
-
-    def positive(self, prompt: str | Sequence[str] | Conditions, prompt2: Any, count: int) -> list[Voice]:
-        """What the pictures shall show: one voice for each part that AND joins."""
-        if isinstance(prompt, Conditions):
-            return [self.given(prompt, prompt2, "prompt", count)]
-        voices, loras = self.read(self.lines(prompt, prompt2, "prompt", count), compose=True)
-        self.loras = loras
-        return voices
-
-    def negative(self, negative: str | Sequence[str] | Conditions, negative2: Any, count: int) -> list[Voice]:
-        """What they shall not show: one voice. On SDXL base an empty text is zeros."""
-        if isinstance(negative, Conditions):
-            return [self.given(negative, negative2, "negative", count)]
-        lines = self.lines(negative, negative2, "negative", self.pictures if isinstance(negative, str) else count)
-        voices, loras = self.read(lines, compose=False)
-        if loras:
-            raise PromptError(
-                f"negative: <lora:{loras[0].name}>: an adapter acts on the whole picture; name it in the prompt"
-            )
-        zeros = tuple(self.pipe.zero_negative and not any(texts) for texts in zip(*lines, strict=True))
-        return [voices[0]._replace(zeros=zeros if any(zeros) else ())]
-
-    def placed(self, voices: list[Voice], regions: Sequence[Region], latent: tuple[int, int]) -> list[Voice]:
-        """The voices of regions beside those of the main prompt, each with its share of every place [1, 1, h, w]."""
-        masks = []
-        for region in regions:
-            mask = region.mask
-            if (
-                not isinstance(mask, Tensor)
-                or mask.ndim != 2
-                or not mask.numel()
-                or not 0 <= mask.min() <= mask.max() <= 1
-            ):
-                found = f"{list(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
-                raise ConfigError(f"regions: expected a mask [height, width] of numbers from 0 to 1, found {found}")
-            masks.append(F.interpolate(mask[None, None].to(self.pipe.device, torch.float32), size=latent, mode="area"))
-        claimed = torch.stack(masks).sum(0)
-        shared = [(1 - claimed).clamp(min=0), *[mask / claimed.clamp(min=1) for mask in masks]]
-        placed = [voice._replace(share=voice.share * shared[0]) for voice in voices]
-        for region, share in zip(regions, shared[1:], strict=True):
-            repeat = self.pictures if isinstance(region.prompt, str) else 1
-            mine, loras = self.read(self.lines(region.prompt, None, "regions", repeat), compose=True)
-            if loras:
-                raise PromptError(
-                    f"regions: <lora:{loras[0].name}>: an adapter acts on the whole picture; name it in the prompt"
-                )
-            placed += [voice._replace(share=voice.share * share) for voice in mine]
-        return placed
-
-    def lines(
-        self, text: str | Sequence[str], text2: str | Sequence[str] | None, name: str, count: int
-    ) -> list[list[str]]:
-        """Encoder by encoder, a text for every picture."""
-        first = _texts(text, name, count)
-        if text2 is None:
-            lines = [first] * len(self.pipe.text_encoders)
-        elif len(self.pipe.text_encoders) == 2:
-            lines = [first, _texts(text2, f"{name}2", self.pictures if isinstance(text2, str) else count)]
-        else:
-            raise ConfigError(f"{name}2: this {self.pipe.family} model has one text encoder; leave it out")
-        for line, which in zip(lines, (name, f"{name}2"), strict=False):
-            if len(line) != self.pictures:
-                raise ConfigError(f"{which}: expected one text, or one a prompt ({self.pictures}), found {len(line)}")
-        return lines
-
-    def given(self, conditions: Conditions, text2: Any, name: str, count: int) -> Voice:
-        """Conditions from outside, checked."""
-        width, added = self.pipe.unet.config.context_dim, bool(self.pipe.unet.config.added_dim)
-        context, pooled = conditions
-        if text2 is not None:
-            raise ConfigError(f"{name}2: has no meaning beside conditions that are encoded already")
-        if context.ndim != 3 or context.shape[-1] != width or (pooled is not None) != added:
-            raise ConfigError(
-                f"{name}: expected conditions [b, tokens, {width}]{' and a pooled vector' if added else ' alone'}, found "
-                f"{list(context.shape)}{'' if pooled is None else ' and a pooled vector'}"
-            )
-        context = context.to(self.pipe.device)
-        if len(context) != self.pictures:
-            context = context.repeat_interleave(count if len(context) > 1 else self.pictures, dim=0)
-        if len(context) != self.pictures:
-            raise ConfigError(
-                f"{name}: expected conditions for {self.pictures} pictures, found {len(conditions.context)}"
-            )
-        if pooled is not None:
-            pooled = pooled.to(self.pipe.device).repeat_interleave(len(context) // len(pooled), dim=0)
-        return Voice(1.0, [], Conditions(context, pooled))
-
-    def read(self, lines: list[list[str]], compose: bool) -> tuple[list[Voice], list[grammar.LoraTag]]:
-        """Texts -> voices, and the adapters that they ask for."""
-        if self.literal:
-            for text in (text for line in lines for text in line):
-                grammar.check(text)
-            return [Voice(1.0, [tuple(map(tuple, lines))])], []
-        read = {text: grammar.parse(text, self.steps, compose) for line in lines for text in line}
-        prompts = [[read[text] for text in line] for line in lines]  # encoder by encoder, picture by picture
-        tags = [
-            tuple(dict.fromkeys(tag for one in of_picture for tag in one.loras))
-            for of_picture in zip(*prompts, strict=True)
-        ]
-        if len(set(tags)) > 1:
-            raise PromptError(
-                "prompt: adapters act on all pictures of a call; give every prompt the same <lora:...>, or call twice"
-            )
-        if any(len({len(one.parts) for one in of_picture}) > 1 for of_picture in zip(*prompts, strict=True)):
-            raise PromptError("prompt2: expected as many prompts joined by AND as the first one has")
-        voices = []
-        for part in range(max(len(one.parts) for one in prompts[0])):
-            # A picture with fewer prompts than its neighbours says its first one again, without a share.
-            weights = [one.parts[part].weight if part < len(one.parts) else 0.0 for one in prompts[0]]
-            parts = [[one.parts[part if part < len(one.parts) else 0] for one in line] for line in prompts]
-            texts = [tuple(tuple(p.texts[i] for p in line) for line in parts) for i in range(self.steps)]
-            share = (
-                weights[0]
-                if len(set(weights)) == 1
-                else torch.tensor(weights, device=self.pipe.device)[:, None, None, None]
-            )
-            voices.append(Voice(share, texts))
-        return voices, list(tags[0])
-
-
 def _layer(encoder: CLIPText, out: TextOutput, clip_skip: int, xl: bool) -> Tensor:
     """The layer of a text encoder that the family reads, or one so many before it [b, s, d]."""
     if xl:
         return out.states[-2 - clip_skip]
     return encoder.text_model.final_layer_norm(out.states[-1 - clip_skip]) if clip_skip else out.last
-
-
-def _zeroed(conditions: Conditions, zeros: Sequence[bool]) -> Conditions:
-    """Zeros in the place of some pictures' conditions."""
-    if not zeros:
-        return conditions
-    mask = torch.tensor(zeros, device=conditions.context.device)
-    pooled = None if conditions.pooled is None else conditions.pooled.masked_fill(mask[:, None], 0)
-    return Conditions(conditions.context.masked_fill(mask[:, None, None], 0), pooled)
-
-
-def _how_many(prompt: str | Sequence[str] | Conditions, name: str, count: int) -> int:
-    """How many pictures a call draws."""
-    if isinstance(prompt, Conditions):
-        return len(_texts("", name, count)) * len(prompt.context)
-    return len(_texts(prompt, name, count))
-
-
-def _texts(text: str | Sequence[str], name: str, count: int) -> list[str]:
-    """One text or several -> a list, each `count` times."""
-    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-        raise ConfigError(f"count: expected a whole number from 1, found {count!r}")
-    texts = [text] if isinstance(text, str) else text
-    if not isinstance(texts, Sequence) or not texts or not all(isinstance(t, str) for t in texts):
-        raise PromptError(f"{name}: expected a text, or a list of texts that is not empty, found {text!r}"[:300])
-    return [t for t in texts for _ in range(count)]
 
 
 def _seeds(seed: int | Sequence[int], count: int) -> list[int]:
