@@ -251,7 +251,7 @@ def generate(args: argparse.Namespace) -> None:
     loading |= take_embeddings(pipe, args) | take_loras(pipe, args)
     kernels: dict[str, Any] = {}
     if args.engine == "fast":
-        pipe = sdcore.accelerate(pipe, args.kernels or "measured")
+        pipe = sdcore.accelerate(pipe, kernels=args.kernels or "measured")
     elif args.kernels not in (None, "torch"):
         from sdcore.kernels.engine import operations
 
