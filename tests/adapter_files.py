@@ -292,7 +292,7 @@ def ruled(format: str, path: Path, family: str) -> Written:
                 tensors |= {f"{part}.{name}.{middle}.down.weight": down, f"{part}.{name}.{middle}.up.weight": up}
                 deltas[part, name] = (delta, None)
         case "peft-default" | "peft-bare" | "peft-prefix" | "peft-no-text-model" | "peft-bias":
-            for (part, name), _, down, up, delta in random_lora(family, everything):
+            for (part, name), module, down, up, delta in random_lora(family, everything):
                 spelled = f"{part}.{name}"
                 if format == "peft-prefix":
                     spelled = f"{part}.base_model.model.{name}"
@@ -301,7 +301,7 @@ def ruled(format: str, path: Path, family: str) -> Written:
                 tail = {"peft-default": ".default.weight", "peft-bare": ""}.get(format, ".weight")
                 tensors |= {f"{spelled}.lora_A{tail}": down, f"{spelled}.lora_B{tail}": up}
                 bias = None
-                if format == "peft-bias" and layers(family)[part, name].bias is not None:
+                if format == "peft-bias" and module.bias is not None:
                     tensors[f"{spelled}.lora_B.bias"] = bias = up.flatten(1).sum(dim=1)
                 deltas[part, name] = (delta, bias)
         case "cloneofsimo":
