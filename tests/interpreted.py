@@ -102,14 +102,18 @@ def run_in_interpreter(file: str) -> Callable:
 
 
 def leaf(value: Any, dtype: torch.dtype | None = None) -> Any:
-    """A copy of a tensor with the same strides and the same wish for a gradient, floating ones in `dtype`; others as they are."""
+    """A copy of a tensor with the same strides and the same wish for a gradient, floating ones in `dtype`; others as they are.
+
+    It lies amid NaN: a kernel that reads too far shows, also where it multiplies what it read by 0.
+    """
     if not isinstance(value, Tensor):
         return value
-    copy = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+    dtype = dtype if dtype is not None and value.is_floating_point() else value.dtype
+    length = 1 + sum((n - 1) * stride for n, stride in zip(value.shape, value.stride(), strict=True) if n)
+    memory = torch.full((length + 64,), torch.nan if dtype.is_floating_point else 0, dtype=dtype, device=value.device)
+    copy = memory.as_strided(value.shape, value.stride(), 32)  # what lies between and around is NaN: who reads it shows
     copy.copy_(value.detach())
-    if dtype is not None and value.is_floating_point():
-        copy = copy.to(dtype)
-    return copy.requires_grad_(value.requires_grad)
+    return copy.detach().requires_grad_(value.requires_grad)
 
 
 def results(

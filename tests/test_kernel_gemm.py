@@ -84,6 +84,15 @@ def test_gemm_strided():
 
 
 @interpreted
+@pytest.mark.parametrize("gated", [False, True])
+def test_gemm_reads_nothing_else(gated):
+    """A width that no tile divides, in rows amid NaN."""
+    given = layer((3,), 77, 33, torch.float32, gated)
+    given["x"] = normal(3, 200, dtype=torch.float32, seed=0, grad=False)[:, 50:127]
+    check(gemm.gemm, gemm.reference, **{name: t.detach() for name, t in given.items()}, gated=gated)
+
+
+@interpreted
 def test_gemm_refuses():
     given = layer((2, 9), 64, 64, torch.float16)
     assert not gemm.gemm.accepts(given["x"], given["weight"].T)

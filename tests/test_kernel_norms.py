@@ -80,11 +80,12 @@ def test_frozen_layer_norm():
 @FLOATS
 @pytest.mark.parametrize("d", [320, 640, 1280, 37])
 def test_add_layer_norm(d, dtype):
-    """The sum is bit-equal to PyTorch's; the gradient reaches both summands, from both results."""
+    """The sum is bit-equal to PyTorch's, and what is normalised is that sum; the gradient reaches both, from both results."""
     args = (normal(2, 5, d, dtype=dtype), normal(2, 5, d, dtype=dtype, seed=3), *affine(d, dtype), 1e-5)
     assert layer_norm.add_layer_norm.accepts(*args)
     check(layer_norm.add_layer_norm, layer_norm.reference, *args)
-    assert torch.equal(layer_norm.add_layer_norm(*args)[0], args[0] + args[1])
+    h, y = layer_norm.add_layer_norm(*args)
+    assert torch.equal(h, args[0] + args[1]) and torch.equal(y, layer_norm.layer_norm(h, *args[2:]))
 
 
 # ------------------------------------------------------------------------------------------------------------- group norm
