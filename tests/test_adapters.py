@@ -187,9 +187,15 @@ def same(one, other):
     left, right = dict(one.tensors()), dict(other.tensors())
     assert left.keys() == right.keys()
     assert all(torch.equal(tensor.flatten(), right[name].flatten()) for name, tensor in left.items())
-    for field in ("scale", "constraint", "boft", "cayley", "rule", "on_input"):
-        if hasattr(one, field):
-            assert getattr(one, field) == pytest.approx(getattr(other, field), rel=1e-7), field
+    for field in ("scale", "constraint"):
+        assert getattr(one, field, 0) == pytest.approx(getattr(other, field, 0), rel=1e-7), field
+    for field in ("boft", "cayley", "rule", "on_input"):
+        assert getattr(one, field, None) == getattr(other, field, None), field
+    if isinstance(one, changes.DoRA):
+        same(one.change, other.change)
+    if isinstance(one, changes.Sum):
+        for left_one, right_one in zip(one.changes, other.changes, strict=True):
+            same(left_one, right_one)
 
 
 def test_what_a_layout_cannot_say_is_refused(written, tmp_path):
