@@ -349,11 +349,13 @@ def take_embeddings(pipe, args: argparse.Namespace) -> dict[str, list[str]]:
 
 def take_loras(pipe, args: argparse.Namespace) -> dict[str, list[str]]:
     """Attach the adapters of `--lora`, or have them at hand where the prompt calls them; what to record of them."""
-    from sdcore import lora
+    from sdcore import embeddings, lora
     from sdcore.weights.adapters import read_adapter
 
     for path, weight in args.lora:
-        adapter, _ = read_adapter(path, pipe)
+        adapter, found = read_adapter(path, pipe)
+        for embedding in found.embeddings:  # words that came with it
+            embeddings.attach(pipe, embedding)
         if f"<lora:{adapter.name}:" not in args.prompt and f"<lora:{adapter.name}>" not in args.prompt:
             lora.attach(pipe, adapter, 1.0 if weight is None else weight)
         elif weight is None:
