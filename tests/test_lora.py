@@ -157,6 +157,22 @@ def test_several_at_once_add_up_in_any_order():
     assert lora.strengths({"unet": model}) == {adapter.name: strength for adapter, strength in uses}
 
 
+@torch.no_grad()
+def test_several_loras_run_as_one():
+    """Side by side in two thin layers, of the ranks together."""
+    model, x = small(dtype=torch.float64), picture(torch.float64)
+    uses = [
+        (lora_for(model, "one", 4), 0.5),
+        (lora_for(model, "two", 2, seed=1), -0.3),
+        (lora_for(model, "three", 1, seed=2), 2.0),
+    ]
+    for adapter, strength in uses:
+        lora.attach({"unet": model}, adapter, strength)
+    torch.testing.assert_close(model(x), with_changes(model, uses)(x), rtol=0, atol=1e-12)
+    down, up = lora.factors(model.linear)
+    assert down.shape == (7, 16) and up.shape == (32, 7)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("layer", ["linear", "conv", "point"])
 @torch.no_grad()
