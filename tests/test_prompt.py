@@ -147,7 +147,7 @@ TABLE = [
     ("red " * 74 + ", blue", always("red " * 74 + ",", B, "blue")),
     ("red " * 75 + ", blue", always("red " * 75, B, ", blue")),
     ("red " * 70 + ", (blue:1.2) " + "a " * 9, always("red " * 70 + ",", B, ("blue", 1.2), "a " * 9)),
-    ("red " * 60 + ", " + "blue " * 100, always("red " * 60 + ",", B, "blue " * 75, B, "blue " * 25)),  # a comma counts in its row
+    ("red " * 60 + ", " + "blue " * 100, always("red " * 60 + ",", B, "blue " * 75, B, "blue " * 25)),  # its own comma
 ]  # fmt: skip
 
 
