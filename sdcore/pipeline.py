@@ -175,7 +175,7 @@ class Pipeline:
         clip_skip          layers left out at the end of the text encoders, for both prompts; 1 is what A1111 calls clip skip 2
         regions            prompts for parts of the picture, beside the main one
 
-        Adapters that a prompt asks for (`<lora:name:0.8>`) are taken from `adapters`, attached here, and stay until the next.
+        Adapters that a prompt asks for (`<lora:name:0.8>`) come from `adapters`, and stay attached until the next call.
 
         Raises at the call, before the first step, PromptError and ConfigError; in the loop NonFiniteError.
         """
