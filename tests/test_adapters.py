@@ -169,16 +169,23 @@ THERE_AND_BACK = [("kohya", "sd1"), ("kohya", "sdxl"), ("peft", "sd1"), ("peft-r
 @pytest.mark.parametrize(("format", "family"), THERE_AND_BACK)
 def test_peft_and_kohya_there_and_back_is_bit_equal(format, family, written, tmp_path):
     pipe = af.pipe_of(family)
-    adapter, _ = adapters.read_adapter(written(format, family).path, pipe)
+    first = adapter = adapters.read_adapter(written(format, family).path, pipe)[0]
     tensors = []
     for i, layout in enumerate(("peft", "kohya", "peft", "kohya")):
         path = tmp_path / f"{i}.safetensors"
         adapters.write_adapter(path, adapter, layout, pipe)
         adapter, _ = adapters.read_adapter(path, pipe)
         tensors.append(files.read(path).tensors)
+        for (where, change), (there, again) in zip(sorted_flat(first), sorted_flat(adapter), strict=True):
+            assert where == there
+            same(change, again)
     for one, other in ((tensors[0], tensors[2]), (tensors[1], tensors[3])):
         assert sorted(one) == sorted(other)
         assert all(torch.equal(tensor, other[key]) and tensor.dtype == other[key].dtype for key, tensor in one.items())
+
+
+def sorted_flat(adapter):
+    return sorted(flat(adapter).items(), key=lambda item: item[0])
 
 
 def same(one, other):
