@@ -266,15 +266,15 @@ def _dots(a, b):
 def _be_seen(
     key, value, dk, dv, columns, q, dout, lse, delta, start, q_row, dout_row, queries, scale,
     D: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, CAUSAL: tl.constexpr, EXACT: tl.constexpr,
-    WIDTH: tl.constexpr, RAGGED: tl.constexpr,
+    M: tl.constexpr,
 ):  # fmt: skip
-    """What one tile of WIDTH queries adds to dk and dv; p and ds are transposed here, [keys, queries].
+    """What one tile of M queries adds to dk and dv; p and ds are transposed here, [keys, queries].
 
-    Beyond the last query dout and delta are read as zero, so that p, which is then no probability, adds nothing.
+    No score needs a mask: beyond the last query dout and delta are read as zero, so that p, then no probability, adds nothing.
     """
-    rows = start + tl.arange(0, WIDTH)
-    query = _load(q, rows, q_row, queries, D, MAIN, REST, RAGGED)
-    push = _load(dout, rows, dout_row, queries, D, MAIN, REST, RAGGED)
+    rows = start + tl.arange(0, M)
+    query = _load(q, rows, q_row, queries, D, MAIN, REST, True)
+    push = _load(dout, rows, dout_row, queries, D, MAIN, REST, True)
     inside = rows < queries
     p = tl.exp2(_across(key, query) * scale - tl.load(lse + rows, mask=inside, other=0.0)[None, :])
     if CAUSAL:
@@ -303,17 +303,10 @@ def attention_backward_keys(
     value = _load(v, columns, v_row, keys, D, MAIN, REST, True)
     dkey, dvalue = _zeros(N, MAIN, REST), _zeros(N, MAIN, REST)
 
-    begin, end = part * share, tl.minimum(queries, (part + 1) * share)
-    whole = begin + (end - begin) // M * M
-    for start in range(begin, whole, M):
+    for start in range(part * share, tl.minimum(queries, (part + 1) * share), M):
         dkey, dvalue = _be_seen(
             key, value, dkey, dvalue, columns, q, dout, lse, delta, start, q_row, dout_row, queries, scale,
-            D, MAIN, REST, CAUSAL, EXACT, M, False,
-        )  # fmt: skip
-    for start in tl.range(whole, end, EDGE, num_stages=1):
-        dkey, dvalue = _be_seen(
-            key, value, dkey, dvalue, columns, q, dout, lse, delta, start, q_row, dout_row, queries, scale,
-            D, MAIN, REST, CAUSAL, EXACT, EDGE, True,
+            D, MAIN, REST, CAUSAL, EXACT, M,
         )  # fmt: skip
     _store(dk, columns, heads * D, keys, _scaled(dkey, shrink), D)
     _store(dv, columns, heads * D, keys, dvalue, D)
@@ -359,7 +352,7 @@ TILES = {  # (kernel, width of the pieces up to, bytes a number)
     ("queries", 192, 2): Tile(64, 32, 4, 2),
     ("keys", 64, 2): Tile(64, 128, 8, 2),
     ("keys", 96, 2): Tile(64, 64, 4, 2),
-    ("keys", 192, 2): Tile(32, 64, 8, 2),
+    ("keys", 192, 2): Tile(16, 64, 8, 2),
     **{("forward", width, 4): Tile(32, 16, 8, 1) for width in (64, 96, 192)},
     **{("queries", width, 4): Tile(16, 16, 8, 1) for width in (64, 96, 192)},
     **{("keys", width, 4): Tile(16, 32, 8, 1) for width in (64, 96, 192)},
