@@ -96,7 +96,9 @@ def state(model) -> dict[str, torch.Tensor]:
 
 def same(model, before: dict[str, torch.Tensor]) -> bool:
     now = model.state_dict()
-    return list(now) == list(before) and all(torch.equal(now[name], before[name]) for name in before)
+    return list(now) == list(before) and all(
+        now[name].dtype == tensor.dtype and torch.equal(now[name], tensor) for name, tensor in before.items()
+    )
 
 
 def with_changes(model: nn.Module, uses: list[tuple[lora.Adapter, float]]) -> nn.Module:
@@ -162,9 +164,7 @@ def test_several_loras_run_as_one():
     """Side by side in two thin layers, of the ranks together."""
     model, x = small(dtype=torch.float64), picture(torch.float64)
     uses = [
-        (lora_for(model, "one", 4), 0.5),
-        (lora_for(model, "two", 2, seed=1), -0.3),
-        (lora_for(model, "three", 1, seed=2), 2.0),
+        (lora_for(model, str(rank), rank, seed=rank), strength) for rank, strength in ((4, 0.5), (2, -0.3), (1, 2.0))
     ]
     for adapter, strength in uses:
         lora.attach({"unet": model}, adapter, strength)
