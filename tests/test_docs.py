@@ -7,8 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from sdcore.weights.adapters import write_adapter
 
 import sdcore
+from sdcore import lora
+from sdcore.changes import LowRank
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -22,9 +26,13 @@ COMMANDS = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder as the README's reader has it: a picture made with sdcore, and a model in one file."""
+    """A folder as the README's reader has it: a picture made with sdcore, a model in one file, a LoRA."""
     folder = tmp_path_factory.mktemp("reader")
-    sdcore.load("tiny")  # fails here, not in every command, where the bundled model is not there
+    pipe = sdcore.load("tiny")  # fails here, not in every command, where the bundled model is not there
+    layer = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    width = pipe.unet.get_submodule(layer).weight.shape[0]
+    change = LowRank(torch.randn(4, width), torch.randn(width, 4) / 10)
+    write_adapter(folder / "style.safetensors", lora.Adapter("style", {"unet": {layer: change}}), "peft", pipe)
     run(folder, "sdcore generate 'a red circle' --steps 2 --out out.png")
     run(folder, f"sdcore convert {ROOT / 'weights/tiny'} model.safetensors --layout ldm")
     return folder
