@@ -239,7 +239,8 @@ class Network:
         for indices in groups.values():
             told = self.conditions[indices[0]]
             kv = self.mirror.call("keys_values", told.context.to(self.dtype))
-            shifts = self._shifts(torch.tensor([self.way[i].t for i in indices], device=self.device), told.pooled)
+            t = torch.tensor([self.way[i].t for i in indices], dtype=torch.float32, device=self.device)
+            shifts = self._shifts(t, told.pooled)
             for i, own in zip(indices, shifts, strict=True):
                 self.keys_values[i], self.shifts[i] = kv, own
 

@@ -3,6 +3,7 @@
 The long proofs at the end (`make check`) are of SD 1.5's full size: twenty steps of both, and pairs of times against diffusers.
 """
 
+import math
 import time
 from statistics import median
 from types import SimpleNamespace
@@ -555,3 +556,30 @@ def test_time_of_a_decode():
         "accelerated": lambda: fast.decode(z.contiguous(memory_format=LAST)),
     })  # fmt: skip
     assert ratios["sdcore"] <= 1.03 and ratios["accelerated"] <= 0.87
+
+
+@pytest.mark.check
+def test_what_lossy_costs():
+    """How far the bundled model's pictures move, and how much sooner they come: 4 pictures, 20 steps, guidance 3."""
+    pipe = sdcore.load("tiny", device="cpu", dtype="fp32")
+    prompts = ["a red circle", "a small blue square", "a yellow star above a green triangle", "two white circles"]
+    ways = {
+        "exact": (1, {}),
+        "deep_every=2": (2, {}),
+        "deep_every=3": (3, {}),
+        "guidance below sigma 5": (1, {"guidance_interval": (0.0, 5.0)}),
+        "guidance above sigma 0.5": (1, {"guidance_interval": (0.5, 1000.0)}),
+    }
+    found = {}
+    for name, (every, options) in ways.items():
+        fast = sdcore.accelerate(pipe, deep_every=every)
+        fast(prompts, steps=2, guidance=3.0)
+        begin = time.thread_time()
+        pixels = fast(prompts, steps=20, seed=3, guidance=3.0, **options).pixels.clamp(-1, 1)
+        found[name] = (pixels, time.thread_time() - begin)
+    exact, seconds = found["exact"]
+    for name, (pixels, own) in found.items():
+        error = ((pixels - exact) * 127.5).square().mean().item()
+        psnr = 10 * math.log10(255**2 / error) if error else math.inf
+        print(f"{name:>26}: {psnr:5.1f} dB from exact, {own / seconds:.2f} of its time")
+        assert psnr >= 15  # still the same picture
