@@ -72,7 +72,7 @@ def try_row(
     inputs = subject.make(call, dtype, device)
     case = Case(subject.reference, inputs, training)
     contestants = {subject.by: subject.kernel} | (subject.rivals() if rivals else {})
-    known = {
+    known: dict[str, Any] = {
         "op": subject.name, "model": call.model, "shape": str(call.shape), "dtype": common.name_of(dtype),
         "training": training, "times": call.times,
     }  # fmt: skip
@@ -112,7 +112,7 @@ def refused(function: Callable, inputs: Inputs) -> str:
 def timed(
     subject: Subject, function: Callable, call: Call, dtype: torch.dtype, device: torch.device, roof: Roof,
     training: bool, seconds: float,
-) -> dict[str, float]:  # fmt: skip
+) -> dict[str, Any]:  # fmt: skip
     """Milliseconds and what they amount to."""
     flop, size = float(call.shape.flop), float(call.shape.elements * dtype.itemsize)
     if training:

@@ -198,6 +198,15 @@ def contestants(pipe: Pipeline, rivals: bool) -> dict[str, Callable[[], Contesta
     return found
 
 
+def lossy(pipe: Pipeline) -> dict[str, Callable[[], Contestant]]:
+    """Who draws other pictures, sooner: named so, and never compared without the distance."""
+
+    def every(n: int) -> Contestant:
+        return ours(kernels.accelerate(pipe, deep_every=n))
+
+    return {f"sdcore lossy: deep levels every {n} steps": partial(every, n) for n in (2, 3)}
+
+
 class OutOfTimeError(Exception):
     """Making or warming up a contestant took longer than there was."""
 
@@ -245,7 +254,8 @@ def steps(
 ) -> Iterator[dict[str, Any]]:
     """What a step with guidance costs each contestant, and how far its latents are from those of fp32."""
     pipe = build(name, device, dtype)
-    able, unable = ready(contestants(pipe, rivals), lambda one: one.draw(2), deadline)
+    made = contestants(pipe, rivals) | lossy(pipe)
+    able, unable = ready(made, lambda one: [one.draw(n) for n in (SHORT, LONG)], deadline)  # a graph a number of steps
     exact = ours(build(name, device, torch.float32)).draw(LONG)
     work = sum(call.shape.flop * call.times for call in shapes.calls(model=name)) if name in shapes.MODELS else 0
 
@@ -286,7 +296,7 @@ def pictures(
 ) -> Iterator[dict[str, Any]]:
     """What a picture costs each contestant, and the decoder alone; the text encoders in a row of their own."""
     pipe = build(name, device, dtype)
-    able, unable = ready(contestants(pipe, rivals), lambda one: one.decode(one.draw(2)), deadline)
+    able, unable = ready(contestants(pipe, rivals), lambda one: one.decode(one.draw(IMAGE)), deadline)
     latents = torch.randn_like(start(pipe)).to(device)
     drawn = turns(able, lambda one: measure.once(lambda: one.decode(one.draw(IMAGE)), device), rounds)
     decoded = turns(able, lambda one: measure.once(lambda: one.decode(latents), device), 4 * rounds)

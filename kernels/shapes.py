@@ -358,7 +358,8 @@ def _shape(name: str, **given: Any) -> Shape:
         (b, s, d), k = given["q"].shape, given["k"].shape[1]
         return Attention(b, s, k, d, given["heads"], given.get("upcast", False))
     if name in ("group_norm", "group_norm_silu"):
-        return GroupNorm(*given["x"].shape, given["eps"])
+        b, c, h, w = given["x"].shape
+        return GroupNorm(b, c, h, w, given["eps"])
     if name == "layer_norm":
         return LayerNorm(*given["x"].shape)
     if name == "geglu":

@@ -248,7 +248,9 @@ def test_models_on_a_cpu(monkeypatch):
     monkeypatch.setattr(models, "LONG", 5)
     document = models.bench("unet", ["small"], CPU, torch.float32, rounds=1)
     rows = {row["by"]: row for row in document["rows"]}
-    assert set(rows) == {"sdcore accelerated", "sdcore", "diffusers"}, rows
+    lossy = {name for name in rows if name.startswith("sdcore lossy")}
+    assert set(rows) == {"sdcore accelerated", "sdcore", "diffusers"} | lossy, rows
+    assert lossy and all(1e-4 < rows[name]["relative"] < 1 for name in lossy)
     assert all(row["its"] == pytest.approx(1e3 / row["ms"]) for row in rows.values())
     assert rows["sdcore"]["relative"] == 0
     assert rows["diffusers"]["relative"] < 1e-4 and rows["sdcore accelerated"]["relative"] < 1e-4
