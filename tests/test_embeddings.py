@@ -218,6 +218,25 @@ def test_attach_and_detach_leave_no_trace(pipes, family):  # noqa: F811
     assert copy.deepcopy(pipe).embeddings == {}
 
 
+def test_two_at_once(pipes):  # noqa: F811
+    """Each reads its own vectors, whichever came first."""
+    pipe = pipes("sd1")
+    pair = [Embedding("one-style", (FEW,)), Embedding("other-style", (ONE,))]
+    alone = {}
+    for one in pair:
+        embeddings.attach(pipe, one)
+        alone[one.name] = pipe.encode([f"a {one.name} cat"]).context
+        embeddings.detach(pipe, one.name)
+    assert not torch.equal(*alone.values())
+    for order in (pair, pair[::-1]):
+        for one in order:
+            embeddings.attach(pipe, one)
+        for name, want in alone.items():
+            assert torch.equal(pipe.encode([f"a {name} cat"]).context, want)
+        for one in order:
+            embeddings.detach(pipe, one.name)
+
+
 def rows_of(text, tokenizer, named):
     rows = grammar.chunk(grammar.weigh(text), tokenizer, named)
     return [[(t, w) for t, w in zip(row.ids, row.weights, strict=True) if t not in (tokenizer.bos_id,)] for row in rows]
