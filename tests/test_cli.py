@@ -280,7 +280,7 @@ def test_mistakes(run, words, says):
     (["inspect"], ["FILE"]),
     (["inspect", "missing.ckpt"], ["missing.ckpt"]),
     (["convert", "missing.ckpt", "out"], ["missing.ckpt"]),
-    (["convert", "a", "b", "--layout", "kohya"], ["kohya"]),
+    (["convert", "a", "b", "--layout", "flux"], ["flux", "peft"]),
 ])  # fmt: skip
 def test_mistakes_of_other_commands(run, words, says):
     refused(run(*words), *says)

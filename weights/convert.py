@@ -41,6 +41,8 @@ def convert(
     """
     source, target = Path(source), Path(target)
     if layout in adapters.LAYOUTS:
+        if (source / "unet").is_dir():
+            raise ConfigError(f"layout {layout!r}: is for adapters, and {source} is a model; expected diffusers or ldm")
         adapters.convert_adapter(source, target, layout, dtype)
         return target
     checkpoint = ck.read(source, variant=variant, ema=ema, tokenizer=Path(tokenizer) if tokenizer else None)
