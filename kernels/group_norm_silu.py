@@ -57,6 +57,7 @@ def moments(
 ):  # fmt: skip
     """Mean and sum of squared deviations of every channel over one slab of positions; results [b, slabs, c]."""
     slab, picture = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    x += picture * c * s
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     end = tl.minimum(s, (slab + 1) * slab_size)
     mu = tl.zeros([CHANNELS], tl.float32)
@@ -65,7 +66,7 @@ def moments(
     for start in range(slab * slab_size, end, POSITIONS):
         position = start + tl.arange(0, POSITIONS)[:, None]
         inside = (position < end) & (channel[None, :] < c)
-        v = tl.load(x + picture * c * s + place(position, channel[None, :], c, s, LAST), inside, 0.0).to(tl.float32)
+        v = tl.load(x + place(position, channel[None, :], c, s, LAST), inside, 0.0).to(tl.float32)
         count = tl.minimum(POSITIONS, end - start).to(tl.float32)
         mu_here = tl.sum(v, 0) / count
         rest = tl.where(inside, v - mu_here[None, :], 0.0)
@@ -109,11 +110,13 @@ def apply(
 ):  # fmt: skip
     """y for one tile."""
     picture = tl.program_id(2).to(tl.int64)
+    x += picture * c * s
+    y += picture * c * s
     position = tl.program_id(0) * POSITIONS + tl.arange(0, POSITIONS)[:, None]
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     known = channel < c
     inside = (position < s) & known[None, :]
-    at = picture * c * s + place(position, channel[None, :], c, s, LAST)
+    at = place(position, channel[None, :], c, s, LAST)
     group = picture * (c // j) + channel // j
     mu = tl.load(group_mean + group, known, 0.0)
     r = tl.load(group_rstd + group, known, 0.0)
@@ -133,11 +136,13 @@ def small(
 ):  # fmt: skip
     """y for one whole group, held in registers."""
     group, picture = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    x += picture * c * s
+    y += picture * c * s
     position = tl.arange(0, POSITIONS)[:, None]
     within = tl.arange(0, CHANNELS)
     channel = group * j + within
     inside = (position < s) & (within < j)[None, :]
-    at = picture * c * s + place(position, channel[None, :], c, s, LAST)
+    at = place(position, channel[None, :], c, s, LAST)
     v = tl.load(x + at, inside, 0.0).to(tl.float32)
     total = s * j * 1.0
     mu = tl.sum(tl.sum(v, 1), 0) / total
@@ -168,6 +173,8 @@ def gradient_sums(
 ):  # fmt: skip
     """Sums of du n and of du for every channel over one slab of positions; results [b, slabs, c]."""
     slab, picture = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    x += picture * c * s
+    dy += picture * c * s
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     known = channel < c
     group = picture * (c // j) + channel // j
@@ -181,7 +188,7 @@ def gradient_sums(
     for start in range(slab * slab_size, end, POSITIONS):
         position = start + tl.arange(0, POSITIONS)[:, None]
         inside = (position < end) & known[None, :]
-        at = picture * c * s + place(position, channel[None, :], c, s, LAST)
+        at = place(position, channel[None, :], c, s, LAST)
         n = (tl.load(x + at, inside, 0.0).to(tl.float32) - mu) * r
         du = tl.load(dy + at, inside, 0.0).to(tl.float32)
         if SILU:
@@ -200,11 +207,14 @@ def gradient_apply(
 ):  # fmt: skip
     """dx for one tile, given the group's averages of w du n and of w du."""
     picture = tl.program_id(2).to(tl.int64)
+    x += picture * c * s
+    dy += picture * c * s
+    dx += picture * c * s
     position = tl.program_id(0) * POSITIONS + tl.arange(0, POSITIONS)[:, None]
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     known = channel < c
     inside = (position < s) & known[None, :]
-    at = picture * c * s + place(position, channel[None, :], c, s, LAST)
+    at = place(position, channel[None, :], c, s, LAST)
     group = picture * (c // j) + channel // j
     mu = tl.load(group_mean + group, known, 0.0)[None, :]
     r = tl.load(group_rstd + group, known, 0.0)[None, :]

@@ -27,7 +27,7 @@ from sdcore.kernels.gemm import TOGETHER, Tile, choose, processors_of, tile_of
 from torch import Tensor
 
 WIDEST = 128  # rank
-HALF = (Tile(128, 128, 64, 8, 3, 1.0), Tile(128, 64, 64, 4, 3, 0.8), Tile(64, 64, 64, 4, 3, 0.6))
+HALF = (Tile(128, 128, 64, 8, 3, 1.0), Tile(128, 64, 64, 8, 3, 0.8), Tile(64, 64, 64, 4, 3, 0.6))
 FULL = (Tile(64, 64, 32, 4, 2, 1.0),)
 
 
