@@ -25,6 +25,7 @@ from typing import Any
 import triton
 from sdcore.kernels import FILES
 from sdcore.kernels.common import INTERPRETED, Build
+from sdcore.kernels.measure import commit
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -145,7 +146,9 @@ def report(results: Sequence[Compiled]) -> str:
     lines = [
         "# Kernels, compiled ahead of time",
         "",
-        f"`sdcore bench compile`, triton {triton.__version__}, no GPU: {len(results)} builds, {len(bad)} at fault.",
+        f"`sdcore bench compile` on a machine without a GPU, triton {triton.__version__}, commit {commit()}:",
+        f"{len(results)} builds, {len(bad)} at fault.",
+        "",
         "Spill: instructions that go to local memory. A block may have 163 KiB of shared memory on sm_80, 227 KiB on sm_90 and",
         "sm_100. Tensor cores: builds whose machine code uses them, and with which instructions.",
         "",

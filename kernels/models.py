@@ -27,6 +27,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from sdcore.kernels import common, measure, peers, shapes
+from sdcore.kernels.engine import Accelerated
 from sdcore.kernels.peers import Contestant
 from torch import Tensor, nn
 
@@ -113,7 +114,8 @@ def bench(
 def line(row: dict[str, Any]) -> str:
     """A row for people."""
     numbers = [f"{key} {value:.4g}" for key, value in row.items() if isinstance(value, float)]
-    return f"  {row['by']:22} {', '.join(numbers)} {row.get('why', '')}"
+    chosen = [f"    {words}" for words in row.get("chosen", [])]
+    return "\n".join([f"  {row['by']:22} {', '.join(numbers)} {row.get('why', '')}", *chosen])
 
 
 # ----------------------------------------------------------------------------------------------------------- contestants
@@ -156,7 +158,7 @@ def ours(pipe: Pipeline) -> Contestant:
             size=(side, side), output="latent",
         ).latents  # fmt: skip
 
-    return Contestant(draw, pipe.decode)
+    return Contestant(draw, pipe.decode, pipe.table if isinstance(pipe, Accelerated) else str)
 
 
 def with_kernels(plain: Contestant) -> Contestant:
@@ -267,10 +269,10 @@ def steps(
     for by, found in samples.items():
         ms = statistics.median(found)
         away = relative(able[by].draw(LONG), exact)
-        row = {"model": name, "by": by, "ms": ms, "its": 1e3 / ms, "relative": away}
+        row: dict[str, Any] = {"model": name, "by": by, "ms": ms, "its": 1e3 / ms, "relative": away}
         if work:
             row |= {"tflops": work / ms / 1e9, "percent": 100 * roof.floor(work, 0) / ms}
-        yield row
+        yield row | {"chosen": able[by].chosen().splitlines()}
     yield from ({"model": name, "by": by, "why": why} for by, why in unable.items())
 
 

@@ -21,6 +21,7 @@ class Contestant(NamedTuple):
 
     draw: Callable[[int], Tensor]  # steps -> latents [b, c, h, w]
     decode: Callable[[Tensor], Tensor]  # latents -> pixels [b, 3, H, W]
+    chosen: Callable[[], str] = str  # which implementation was measured to be fastest for each shape, a line a shape
 
 
 def unet_of(c: UNetConfig) -> nn.Module:
