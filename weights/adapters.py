@@ -290,7 +290,7 @@ class Match:
         weight, bias = self.target.weights[part][module]
         tensors = {ending: readable(key, ending[1], tensor) for ending, (key, tensor) in group.items()}
         beside = {role: tensors.pop((None, role)) for role in an.BESIDE if (None, role) in tensors}
-        kinds = list(dict.fromkeys(kind for kind, _ in tensors))
+        kinds = [kind for kind in an.KINDS if any(owner is kind for owner, _ in tensors)]
         key = next(iter(group.values()))[0]
         made: list[Change] = []
         for kind in kinds:
@@ -583,6 +583,8 @@ def kohya_endings(change: Change, weight: Tensor) -> Iterator[tuple[str, Tensor]
                 raise AdapterError("an IA3 that scales biases too (PEFT's) has no name in kohya's files")
             vector = change.vector.reshape(1, -1, *[1] * (weight.ndim - 2)) if weight.ndim > 2 else change.vector
             tensors = {"vector": vector, "on_input": torch.tensor(int(change.on_input))}
+        case changes.Kronecker() if rank_of(change) is None and change.scale != 1:
+            tensors["w1"] = tensors["w1"] * change.scale  # PEFT's; kohya's files have no scale for whole factors
         case changes.Orthogonal():
             tensors = ({} if change.cayley else {"turns": tensors.pop("blocks")}) | tensors
             yield ".alpha", torch.tensor(change.constraint / weight.shape[0])
