@@ -82,12 +82,12 @@ def test_a_build_that_does_not_fit_is_at_fault():
 
 
 def test_the_report_says_what_is_wrong(tmp_path):
-    good = Compiled("geglu", "geglu forward", 90, 32, 0, 0, {"HGMMA": 4})
+    good = Compiled("geglu", "geglu forward", 90, 32, 0, 2048, {"HGMMA": 4})
     bad = replace(good, arch=80, name="geglu backward", spills=7, faults=["spills: 7 instructions to local memory"])
     text = aot.report([good, bad])
     assert "2 builds, 1 at fault" in text and "sm_80 geglu backward: spills: 7" in text
-    assert "| geglu | sm_90 | 1 | 32 | 0 | 0.0 KiB | 1 (HGMMA) | 0 |" in text
-    assert "| geglu forward | 32 | 0.0 KiB | 4 HGMMA |" in text
+    assert "| geglu | sm_90 | 1 | 32 | 0 | 2.0 KiB | 1 (HGMMA) | 0 |" in text
+    assert "| geglu forward | 32 | 2.0 KiB | 4 HGMMA |" in text
     assert "At fault" not in aot.report([good])
     aot.write_report([good, bad], tmp_path / "page.md")
     assert (tmp_path / "page.md").read_text() == text and len(list(tmp_path.iterdir())) == 1
