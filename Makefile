@@ -44,10 +44,10 @@ train: .venv/.run
 	$(PIP) --editable .
 	touch $@
 
-# k-diffusion is a reference for samplers; what it asks for to train classifiers is not needed.
+# k-diffusion is a reference for samplers, LyCORIS for adapters; what they ask for to train classifiers and the like is not needed.
 .venv/.test: .venv/.run
 	$(PIP) --editable '.[test]'
-	$(PIP) --no-deps k-diffusion
+	$(PIP) --no-deps k-diffusion lycoris-lora
 	touch $@
 
 clean:
