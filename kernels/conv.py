@@ -18,6 +18,8 @@ Legend: b batch, c input channels, o output channels, h w input height and width
 last in memory.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -273,7 +275,7 @@ def builds() -> list[Build]:
         pointers = dict.fromkeys(("x", "weight", "bias", "shift", "residual", "y"), f"*{t}")
         for kind, (shift, residual, taps, stride, up) in kinds.items():
             for tile in FULL if dtype == torch.float32 else HALF:
-                constants = {"BIAS": True, "SHIFT": shift, "RESIDUAL": residual, "WHOLE": True}
+                constants: dict[str, Any] = {"BIAS": True, "SHIFT": shift, "RESIDUAL": residual, "WHOLE": True}
                 constants |= {"TAPS": taps, "STRIDE": stride, "UP": up, **tile.constants, "TOGETHER": TOGETHER}
                 wgmma = () if dtype == torch.float32 else ("wgmma.mma_async",)
                 odd = ["b", "h", "w", "height", "width"]

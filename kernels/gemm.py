@@ -20,6 +20,7 @@ Legend: m rows of x (tokens of the batch), k width of x, n width of y; x [m, k],
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -237,7 +238,7 @@ def builds() -> list[Build]:
         ):
             for tile in tiles(dtype, gated):
                 name = f"gemm {t}{' bias' * bias}{' residual' * residual}{' gated' * gated} {tile.m}x{tile.n}x{tile.k}"
-                constants = {"BIAS": bias, "RESIDUAL": residual, "GATED": gated, "WHOLE": True}
+                constants: dict[str, Any] = {"BIAS": bias, "RESIDUAL": residual, "GATED": gated, "WHOLE": True}
                 constants |= {**tile.constants, "TOGETHER": TOGETHER}
                 wgmma = () if dtype == torch.float32 else ("wgmma.mma_async",)
                 how = {"warps": tile.warps, "stages": tile.stages, "odd": ["m"], "expects": wgmma}

@@ -25,6 +25,8 @@ Source: Wu & He 2018 (1803.08494), equation 1; Chan, Golub & LeVeque 1983, equat
 Legend: b batch, c channels, s positions (height x width), j channels of a group; x [b, c, s] or, channels last, [b, s, c].
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -405,27 +407,27 @@ def builds() -> list[Build]:
             "eps": "fp32",
         }
 
-        def add(kernel, warps: int, t: str = t, types: dict[str, str] = types, **constants) -> None:
+        def add(kernel: Any, warps: int, constants: dict[str, Any], t: str = t, types: dict[str, str] = types) -> None:
             words = [str(v) if not isinstance(v, bool) else k.lower() * v for k, v in constants.items()]
             name = " ".join(filter(None, [f"group_norm {kernel.fn.__name__}", t, *words]))
             found[name] = build(name, kernel, constants, odd=["s", "j", "slabs"], warps=warps, **types)
 
         for last in (True, False):
             tile = tile_of(last)
-            add(moments, WARPS, **tile)
+            add(moments, WARPS, tile)
             for silu in (True, False):
                 for kernel in (apply, gradient_sums, gradient_apply):
-                    add(kernel, WARPS, SILU=silu, **tile)
+                    add(kernel, WARPS, {"SILU": silu, **tile})
             for c, side in SHAPES:
                 j, s = c // 32, side * side
                 group = whole_group(s, j)
                 if group:
                     for silu in (True, False):
-                        add(small, small_warps(group), LAST=last, SILU=silu, **group)
+                        add(small, small_warps(group), {"LAST": last, "SILU": silu, **group})
                 elif dtype == torch.float32:  # `combine` works on fp32 alone
                     for b in (1, 2):
                         slabs = triton.next_power_of_2(slabs_of(b, c, s, j, last)[0])
-                        add(combine, WARPS, SLABS=slabs, CHANNELS=triton.next_power_of_2(j))
+                        add(combine, WARPS, {"SLABS": slabs, "CHANNELS": triton.next_power_of_2(j)})
     return list(found.values())
 
 

@@ -119,10 +119,12 @@ def forward(
     output: Tensor, x: Tensor, row: Tensor, history: Tensor, noise: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     n, c, s = x.numel(), x.shape[1], x.shape[2:].numel()
+    apart = strides(output)
+    assert apart is not None, "accepts() says which layouts there are"
     new, x0, new_history = empty(x.shape, x), empty(x.shape, x), empty(history.shape, x)
     entry = empty_like(output[: len(x)])
     guidance_step_forward[(triton.cdiv(n, BLOCK),)](
-        output, x, row, history, x if noise is None else noise, new, x0, entry, new_history, n, c, s, *strides(output),
+        output, x, row, history, x if noise is None else noise, new, x0, entry, new_history, n, c, s, *apart,
         GUIDED=len(output) == 2 * len(x), NOISY=noise is not None, PAIRS=len(history), BLOCK=BLOCK,
         num_warps=WARPS, enable_fp_fusion=False,
     )  # fmt: skip
