@@ -28,12 +28,22 @@ def inputs(d: int, queries: int, keys: int, dtype: torch.dtype, batch: int = 1, 
 
 @interpreted
 @FLOATS
-@pytest.mark.parametrize("d, queries, keys", [(512, 9, 9), (136, 130, 70), (136, 3, 1)], ids=str)
+@pytest.mark.parametrize("d, queries, keys", [(512, 9, 9), (136, 130, 70)], ids=str)
 def test_lengths(d, queries, keys, dtype):
-    """The width of the released models; a tile and a ragged end; a single key. Two pictures."""
+    """The width of the released models; a tile and a ragged end. Two pictures."""
     q, k, v = inputs(d, queries, keys, dtype, batch=2)
     assert accepts(q, k, v, 1)
     check(vae_attention, REFERENCE, q, k, v, 1)
+
+
+@interpreted
+@FLOATS
+def test_a_single_key(dtype):
+    """Every query gets its value; the scores decide nothing, so that nothing but rounding comes back to q and k."""
+    q, k, v = inputs(136, 3, 1, dtype, batch=2)
+    check(vae_attention, REFERENCE, q.detach(), k.detach(), v, 1)
+    for gradient in torch.autograd.grad(vae_attention(q, k, v, 1).sum(), (q, k)):
+        assert gradient.abs().max() < 3e-5  # of sums of 136 numbers near 1, in fp32
 
 
 @interpreted
