@@ -47,7 +47,7 @@ train: .venv/.run
 # k-diffusion is a reference for samplers, LyCORIS for adapters; what they ask for to train classifiers and the like is not needed.
 .venv/.test: .venv/.run
 	$(PIP) --editable '.[test]'
-	$(PIP) --no-deps k-diffusion lycoris-lora
+	$(PIP) --no-deps k-diffusion lycoris-lora toml
 	touch $@
 
 clean:
