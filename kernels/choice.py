@@ -24,7 +24,7 @@ Clock = Callable[[Callable[[], Any]], float]  # runs something a few times -> me
 
 
 def event_clock(run: Callable[[], Any], rounds: int = 7) -> float:
-    """Median milliseconds on the current CUDA stream, after two runs to warm up. Never run on this project's own machines."""
+    """Median milliseconds on the current CUDA stream, after two runs to warm up. Not yet run: it needs a GPU."""
     for _ in range(2):
         run()
     times = []

@@ -129,9 +129,7 @@ def upsample_conv3x3(
         for p in (0, 1):  # row of the four outputs
             row = middle + down[:, p : p + s, :, p]
             for q in (0, 1):  # and column
-                y = out[n, i, p, :, q]
-                torch.add(row, right[:, :, q : q + w, q], out=y)
-                y += both[:, p : p + s, q : q + w, p, q]
+                out[n, i, p, :, q] = row + right[:, :, q : q + w, q] + both[:, p : p + s, q : q + w, p, q]
     return out.view(b, 2 * h, 2 * w, o).permute(0, 3, 1, 2)
 
 

