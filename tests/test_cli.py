@@ -207,7 +207,8 @@ def test_inspect_and_convert(run, model):
         == run("generate", PROMPT, "--model", "one.safetensors", "--out", "b.png")[0]
         == 0
     )
-    assert np.array_equal(open_picture("a.png"), open_picture("b.png"))
+    a, b = (np.asarray(open_picture(name), dtype=int) for name in ("a.png", "b.png"))
+    assert abs(a - b).max() <= 1  # the same weights at other addresses: sums may be added up in another order
 
 
 def test_train_hands_its_words_to_the_method(run, monkeypatch):
@@ -263,7 +264,7 @@ def refused(result, *says):
     ([PROMPT, "--out", "a\x1b[31m\n.jpg"], ["a\\x1b[31m .jpg"]),
     ([PROMPT, "--out", "."], ["."]),
     ([PROMPT, "--strip", "out.png"], ["--strip"]),
-    ([PROMPT, "--lora", "a.safetensors"], ["--lora"]),
+    ([PROMPT, "--lora", "a.safetensors"], ["a.safetensors", "no such file"]),
     (["a", "red", "circle"], ["red circle"]),
     (["--from", "missing.png"], ["missing.png", "No such file"]),
 ])  # fmt: skip
