@@ -274,7 +274,9 @@ def test_mistakes(run, words, says):
 
 
 @pytest.mark.parametrize("words, says", [
-    (["bench", "kernels"], ["'bench'", "generate"]),
+    (["paint", "kernels"], ["'paint'", "generate"]),
+    (["bench"], ["what"]),
+    (["bench", "colours"], ["'colours'", "kernels"]),
     ([""], ["invalid choice"]),
     (["train"], ["method"]),
     (["train", "lora"], ["'lora'", "text2image"]),
