@@ -24,7 +24,7 @@ class Contestant(NamedTuple):
     chosen: Callable[[], str] = str  # which implementation was measured to be fastest for each shape, a line a shape
 
 
-def unet_of(c: UNetConfig) -> nn.Module:
+def unet_of(c: UNetConfig) -> Any:
     """diffusers' UNet for one of our configurations, on the current default device."""
     import diffusers
 
@@ -54,7 +54,7 @@ def unet_of(c: UNetConfig) -> nn.Module:
     )
 
 
-def vae_of(c: VAEConfig) -> nn.Module:
+def vae_of(c: VAEConfig) -> Any:
     """diffusers' autoencoder for one of our configurations, on the current default device."""
     import diffusers
 
@@ -86,7 +86,8 @@ def pipeline(pipe: Pipeline, conditions: Conditions, negative: Conditions, noise
     """
     import diffusers
 
-    unet, vae = twin(pipe.unet, unet_of), twin(pipe.vae, vae_of)
+    unet: Any = twin(pipe.unet, unet_of)
+    vae: Any = twin(pipe.vae, vae_of)
     if fastest:
         unet.fuse_qkv_projections()
         vae.fuse_qkv_projections()
@@ -102,7 +103,8 @@ def pipeline(pipe: Pipeline, conditions: Conditions, negative: Conditions, noise
         timestep_spacing="leading",
         steps_offset=config.steps_offset,
     )
-    told = {"prompt_embeds": conditions.context, "negative_prompt_embeds": negative.context}
+    told: dict[str, Any] = {"prompt_embeds": conditions.context, "negative_prompt_embeds": negative.context}
+    whole: Any
     if conditions.pooled is None:
         whole = diffusers.StableDiffusionPipeline(
             vae, None, None, unet, scheduler, None, None, requires_safety_checker=False

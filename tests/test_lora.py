@@ -524,6 +524,7 @@ def test_a_compiled_model_notices_what_is_attached_later(counter):
 @torch.no_grad()
 def test_exchanging_adapters_recompiles_nothing(counter):
     """5 LoRAs of differing rank and layers, 2 picture sizes, twice around: one graph a size, and outputs as without compiling."""
+    torch._dynamo.utils.counters.clear()  # of other tests
     torch.manual_seed(0)
     model = UNet(THIN).eval()
     target = {"unet": model}
