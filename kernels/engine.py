@@ -21,7 +21,7 @@ Legend: b pictures, r rows of conditions (b for every branch of guidance, the po
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from sdcore.kernels import fused
@@ -129,8 +129,7 @@ class Accelerated(Pipeline):
             return run
         from sdcore.kernels.loop import CapturedRun, fits
 
-        parts = {f.name: getattr(run, f.name) for f in fields(Run)}
-        return CapturedRun(**parts, loops=run.denoise.network.mirror.loops()) if fits(run) else run
+        return CapturedRun(**{f.name: getattr(run, f.name) for f in fields(Run)}) if fits(run) else run
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -159,6 +158,14 @@ class Accelerated(Pipeline):
         return Network(self.mirror(self.unet), told, time_ids, way, self.deep_every)
 
 
+class State(NamedTuple):
+    """What a model computed with when it was looked at."""
+
+    version: int  # of its adapters
+    addresses: list[int]
+    tensors: list[Tensor]  # held: no graph reads freed memory, and no address is another tensor's meanwhile
+
+
 class Mirror:
     """A model, its fast twin, and the graphs that were captured of the twin."""
 
@@ -167,15 +174,17 @@ class Mirror:
         self.graphs: dict[Any, Any] = {}
         self.state = self.now()
 
-    def now(self) -> tuple:
-        """Changes when tensors or adapters are exchanged: graphs read and write the memory that they were captured with."""
-        return lora.version(self.model), [t.data_ptr() for t in (*self.model.parameters(), *self.model.buffers())]
+    def now(self) -> State:
+        """What the model computes with: graphs read the memory that they were captured with."""
+        tensors = [t.detach() for t in (*self.model.parameters(), *self.model.buffers())]
+        return State(lora.version(self.model), [t.data_ptr() for t in tensors], tensors)
 
     def refresh(self) -> None:
         """Follow changed weights and adapters: what was prepared from others, and every graph, is made anew when next needed."""
-        if fused.refresh(self.twin) or self.state != self.now():
+        now = self.now()
+        if fused.refresh(self.twin) or self.state[:2] != now[:2]:
             self.graphs.clear()
-            self.state = self.now()
+            self.state = now
 
     def call(self, name: str, *args: Any) -> Any:
         """A method of the twin, run by the chosen operations."""
@@ -194,17 +203,17 @@ class Mirror:
         return self.graphs[key]
 
     def loops(self) -> "Loops":
-        """The captured loops of a UNet."""
+        """The loops of a UNet; what was captured of them goes with the other graphs."""
         from sdcore.kernels.loop import Loops
 
-        return self.graphs.setdefault("loops", Loops(lambda *args: self.call("step", *args)))
+        return Loops(lambda *args: self.call("step", *args), self.graphs)
 
 
 class Network:
     """The UNet told of everything but the latent: `network(x, step)`, as `guidance.denoiser` asks for it.
 
-    `keys_values` and `shifts` are worked out when it is made, for all steps, and anew only where an adapter's strength changes
-    by step. `constant`: one text and one strength for all steps.
+    `keys_values` and `shifts` are worked out when it is made, for all steps, and anew only where adapters change on the way.
+    `constant`: one text and one strength for all steps.
     """
 
     def __init__(
@@ -233,6 +242,7 @@ class Network:
     def work_out(self, steps: Sequence[int]) -> None:
         """Keys and values, once for each of the different conditions of these steps; shifts, in one batch for each."""
         self.mirror.refresh()
+        self.state = self.mirror.state
         groups: dict[int, list[int]] = {}
         for i in steps:
             groups.setdefault(id(self.conditions[i]), []).append(i)
@@ -243,6 +253,15 @@ class Network:
             shifts = self._shifts(t, told.pooled)
             for i, own in zip(indices, shifts, strict=True):
                 self.keys_values[i], self.shifts[i] = kv, own
+
+    def follow(self, i: int) -> bool:
+        """Set the strengths of step i. True where adapters have changed since, here or by the user: then what was worked out
+        for this and later steps is worked out anew, and graphs captured before are gone."""
+        lora.at_step(self.model, i / len(self.way))
+        if self.state is self.mirror.state and self.state.version == lora.version(self.model):
+            return False
+        self.work_out(range(i, len(self.way)))
+        return True
 
     def _shifts(self, t: Tensor, pooled: Tensor | None) -> list[list[Tensor]]:
         """What the residual blocks hear at times [n]: n lists of one tensor a block."""
@@ -255,8 +274,7 @@ class Network:
 
     def __call__(self, x: Tensor, step: Step) -> Tensor:
         """x [n, c, h, w] -> prediction [n, c, h, w], where n is r, or fewer for the last rows of the conditions."""
-        if lora.at_step(self.model, step.i / len(self.way)):
-            self.work_out(range(step.i, len(self.way)))
+        self.follow(step.i)
         n = len(x)
         # Every branch sees the same latents: they go in once.
         x = x[: self.pictures or n].to(self.dtype).contiguous(memory_format=torch.channels_last)

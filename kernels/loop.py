@@ -36,12 +36,13 @@ WARM_UPS = 2  # runs before a capture: kernels are compiled and chosen there
 class Captured:
     """A function of named tensors, as one CUDA graph. On a CPU it just runs.
 
-    Called with new values of any of the tensors: they are copied in, the others stay. What it returns is overwritten by the
-    next call.
+    Called with new values of any of the tensors: they are copied in, the others stay. A list that was given before is not copied
+    again, so a list is not to be changed. What it returns is overwritten by the next call.
     """
 
     def __init__(self, function: Callable[[Tensors], Any], tensors: Tensors):
         self.function = function
+        self.lists = {name: x for name, x in tensors.items() if isinstance(x, list)}  # whose values `held` has
         self.held = {name: [t.clone() for t in x] if isinstance(x, list) else x.clone() for name, x in tensors.items()}
         self.graph = None
         first = next(t for x in self.held.values() for t in (x if isinstance(x, list) else [x]))
@@ -59,6 +60,10 @@ class Captured:
     @torch.no_grad()
     def __call__(self, **changed: Any) -> Any:
         for name, new in changed.items():
+            if isinstance(new, list):
+                if self.lists[name] is new:
+                    continue
+                self.lists[name] = new
             olds, news = (self.held[name], new) if isinstance(new, list) else ([self.held[name]], [new])
             for old, value in zip(olds, news, strict=True):
                 old.copy_(value, non_blocking=True)
@@ -111,7 +116,7 @@ class Loops:
     """The captured loops of one UNet, made when a kind of picture first comes up."""
 
     predict: Predict
-    made: dict[tuple, Captured] = field(default_factory=dict)
+    made: dict[tuple, Captured] = field(default_factory=dict)  # emptied when weights change: asked at every step
 
     def whole(self, run: Run) -> Tensor:
         """The finished latent of a run [b, c, h, w]."""
@@ -128,7 +133,7 @@ class Loops:
             "shifts": shifts,
             "kv": texts(run),
         }
-        dtype, depth = dtype_of(run), memory(run.steps)
+        dtype, depth = network_of(run).dtype, memory(run.steps)
 
         def function(t: Tensors) -> Tensor:
             state = begin(t["x"], t["scale"], dtype, depth)
@@ -145,16 +150,19 @@ class Loops:
     def single(self, run: Run) -> Iterator[tuple[Step, Tensor, Tensor]]:
         """Step by step: (step, x, x0), as `samplers.sample`."""
         guided, noisy, numbers = kind(run)
-        drawn, shifts, kv = iter(noises(run)), tensors_of(run, "shifts"), texts(run)
+        drawn, network = iter(noises(run)), network_of(run)
         first = torch.tensor(run.steps[0].input_scale, device=run.start.device)
-        state = begin(run.start, first, dtype_of(run), memory(run.steps))
+        state = begin(run.start, first, network.dtype, memory(run.steps))
         for i, step in enumerate(run.steps):
+            if network.follow(i) or i == 0:
+                kv = texts(run, i)
             given = {
                 "x": state.x,
                 "entry": state.entry,
                 "history": state.history,
                 "row": numbers[i],
-                "shifts": shifts[i],
+                "shifts": network.shifts[i],
+                "kv": kv,
             }
             given |= {"noise": next(drawn)} if noisy[i] else {}
 
@@ -162,9 +170,8 @@ class Loops:
                 state = State(t["x"], t["x"], t["entry"], t["history"])
                 return advance(self.predict, state, t["row"], t.get("noise"), t["shifts"], t["kv"], both)
 
-            graph = self._get("single", function, given | {"kv": kv}, guided[i])
-            known = i > 0 and guided[i] == guided[i - 1] and noisy[i] == noisy[i - 1]
-            state = State(*(t.clone() for t in graph(**given, **({} if known else {"kv": kv}))))
+            graph = self._get("single", function, given, guided[i])
+            state = State(*(t.clone() for t in graph(**given)))
             yield step, state.x, state.x0
 
     def _get(self, name: str, function: Callable, tensors: Tensors, *kind: Any) -> Captured:
@@ -178,9 +185,14 @@ class Loops:
 
 @dataclass
 class CapturedRun(Run):
-    """A run that is drawn by captured loops. Only its end is looked at: that the numbers are finite."""
+    """A run that is drawn by captured loops. Only its end is looked at: that the numbers are finite.
 
-    loops: Loops
+    Adapters that change between `steps()` and the drawing, or on the way, are followed: no graph of before is replayed.
+    """
+
+    @property
+    def loops(self) -> Loops:
+        return network_of(self).mirror.loops()
 
     def __iter__(self) -> Iterator[Progress]:
         for step, x, x0 in self.loops.single(self):
@@ -189,6 +201,8 @@ class CapturedRun(Run):
             yield Progress(step, len(self.steps), x, x0)
 
     def finish(self) -> Tensor:
+        if network_of(self).follow(0):  # strengths may change by step now
+            return super().finish()
         x = self.loops.whole(self)
         check_finite(x, "the UNet")
         return x
@@ -207,16 +221,16 @@ def noises(run: Run) -> Tensor:
     return torch.stack(drawn) if drawn else run.start.new_empty(0, *run.start.shape)
 
 
-def texts(run: Run) -> list[Tensor]:
-    """Keys and values in turn."""
-    return [t for pair in tensors_of(run, "keys_values")[0] for t in pair]
+def texts(run: Run, i: int = 0) -> list[Tensor]:
+    """Keys and values in turn, as step i reads them."""
+    return [t for pair in network_of(run).keys_values[i] for t in pair]
 
 
 def tensors_of(run: Run, name: str) -> list:
     """What the network worked out beforehand, step by step."""
-    network: Any = run.denoise.network  # type: ignore[attr-defined]
-    return [getattr(network, name)[i] for i in range(len(run.steps))]
+    return [getattr(network_of(run), name)[i] for i in range(len(run.steps))]
 
 
-def dtype_of(run: Run) -> torch.dtype:
-    return run.denoise.network.dtype  # type: ignore[attr-defined]
+def network_of(run: Run) -> Any:
+    """The `engine.Network` of a run."""
+    return run.denoise.network  # type: ignore[attr-defined]

@@ -18,7 +18,7 @@ from sdcore import image, lora, ops, unet, vae
 from sdcore.changes import LowRank
 from sdcore.cli import main
 from sdcore.errors import ConfigError
-from sdcore.pipeline import Conditions, Pipeline, Region
+from sdcore.pipeline import Conditions, Pipeline, Region, Run
 from sdcore.scheduler import SD15_SCHEDULER
 from tests import peers
 from tests.tiny_models import write_folder
@@ -321,12 +321,12 @@ def test_the_loop_of_tensors_is_the_plain_loop(way, pipelines):
         for _ in range(2):
             run = fast.steps(**options)
             assert loop.fits(run)
-            captured = loop.CapturedRun(**vars(run), loops=network.loops())
+            captured = loop.CapturedRun(**vars(run))
             assert torch.equal(captured.finish(), want[-1].x)
-        got = list(loop.CapturedRun(**vars(fast.steps(**options)), loops=network.loops()))
+        got = list(loop.CapturedRun(**vars(fast.steps(**options))))
         assert [p.step for p in got] == [p.step for p in want]
         assert all(torch.equal(a.x, b.x) and torch.equal(a.x0, b.x0) for a, b in zip(got, want, strict=True))
-    kinds = {key[0] for key in network.loops().made}
+    kinds = {key[0] for key in network.graphs}
     assert kinds == {"whole", "single"}
 
 
@@ -348,14 +348,55 @@ def test_nor_does_it_follow_a_strength(pipelines):
 
 def test_captures_are_made_anew_for_other_weights(pipelines):
     pipe, fast = pipelines()
-    mirror = fast.mirror(pipe.unet)
-    loops = mirror.loops()
-    assert fast.mirror(pipe.unet).loops() is loops
-    lora.attach(pipe, adapter(pipe), 0.5)
-    changed = fast.mirror(pipe.unet).loops()
-    assert changed is not loops
-    pipe.unet.conv_norm_out.weight = torch.nn.Parameter(pipe.unet.conv_norm_out.weight.clone())
-    assert fast.mirror(pipe.unet).loops() is not changed
+    made = fast.mirror(pipe.unet).loops().made
+    for change in (
+        lambda: lora.attach(pipe, adapter(pipe), 0.5),
+        lambda: setattr(pipe.unet.conv_norm_out, "weight", torch.nn.Parameter(pipe.unet.conv_norm_out.weight.clone())),
+    ):
+        made["whole"] = "captured"
+        assert fast.mirror(pipe.unet).loops().made is made and made
+        change()
+        assert fast.mirror(pipe.unet).loops().made is made and not made
+
+
+@pytest.mark.parametrize("strength", [0.5, lora.keyframes((0.0, 1.0), (0.5, 0.2))], ids=["constant", "by step"])
+@pytest.mark.parametrize("when", [0, 2])
+def test_an_adapter_that_comes_after_the_run_was_prepared_is_followed(when, strength, pipelines, monkeypatch):
+    """Before the drawing or on the way: as the uncaptured loop draws it, and no graph of before is replayed."""
+    pipe, fast = pipelines()
+    replayed, call = [], loop.Captured.__call__
+    monkeypatch.setattr(loop.Captured, "__call__", lambda self, **new: (replayed.append(self), call(self, **new))[1])
+
+    def draw(kind) -> tuple[torch.Tensor, set[int]]:
+        run, before = kind(**vars(fast.steps("red circle", steps=4))), set()
+        for progress in run:
+            if progress.step.i + 1 == when:
+                before = {id(graph) for graph in replayed}
+                lora.attach(pipe, adapter(pipe), strength)
+        return progress.x, before
+
+    if when == 0:
+        runs = [kind(**vars(fast.steps("red circle", steps=4))) for kind in (Run, loop.CapturedRun, loop.CapturedRun)]
+        lora.attach(pipe, adapter(pipe), strength)
+        want, *got = runs[0].finish(), runs[1].finish(), list(runs[2])[-1].x
+        assert relative(want, fast.steps("red circle", steps=4).finish()) == 0
+    else:
+        want, _ = draw(Run)
+        lora.detach(pipe)
+        captured, before = draw(loop.CapturedRun)
+        assert before and not before & {id(graph) for graph in replayed[when:]}
+        got = [captured]
+    assert all(torch.equal(x, want) for x in got)
+
+
+def test_runs_that_are_drawn_by_turns(pipelines):
+    """Two texts of one shape share a graph: each step hears its own."""
+    _, fast = pipelines()
+    prompts = ["red circle", "blue square"]
+    want = [fast.steps(prompt, steps=3, seed=1).finish() for prompt in prompts]
+    runs = [loop.CapturedRun(**vars(fast.steps(prompt, steps=3, seed=1))) for prompt in prompts]
+    *_, last = zip(*runs, strict=True)
+    assert all(torch.equal(a.x, b) for a, b in zip(last, want, strict=True)) and not torch.equal(*want)
 
 
 # ------------------------------------------------------------------------------------------------ the choice
