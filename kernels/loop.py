@@ -99,7 +99,7 @@ def advance(
 ) -> State:
     """One step. `kv`: keys and values in turn, [r, k, d]; `shifts`: [r or 1, c, 1, 1] a block; `noise` [b, c, h, w]."""
     rows = len(kv[0]) if guided else len(state.x)  # both branches, or the positive one: it is the last
-    pairs = [(k[-rows:], v[-rows:]) for k, v in zip(kv[::2], kv[1::2], strict=True)]
+    pairs: list[KeysValues] = [(k[-rows:], v[-rows:]) for k, v in zip(kv[::2], kv[1::2], strict=True)]
     output = predict(state.entry, [shift[-rows:] for shift in shifts], pairs)
     step = move.guidance_step if move.accepts(output, state.x, row, state.history, noise) else move.reference
     return State(*step(output, state.x, row, state.history, noise))

@@ -26,7 +26,9 @@ from torch import Tensor, nn
 from sdcore import ops
 from sdcore.errors import ConfigError
 
-KeysValues = tuple[Tensor, Tensor]
+# What an attention to the text looks at: keys and values of the text, and behind them, for each picture prompt
+# (sdcore/ip_adapter.py), its keys and values [b, m, d] and its weight, a tensor that broadcasts to [b, s, 1].
+KeysValues = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -188,8 +190,12 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, keys_values: KeysValues | None = None) -> Tensor:
         q = self.to_q(x)
-        k, v = self.keys_values(x) if keys_values is None else keys_values
-        return self.to_out(ops.attention(widen(q, k), k, v, self.heads, upcast=self.upcast))
+        k, v, *pictures = self.keys_values(x) if keys_values is None else keys_values
+        q = widen(q, k)
+        y = ops.attention(q, k, v, self.heads, upcast=self.upcast)
+        for k, v, weight in zip(pictures[::3], pictures[1::3], pictures[2::3], strict=True):
+            y = y + weight * ops.attention(q, k, v, self.heads, upcast=self.upcast)
+        return self.to_out(y)
 
 
 class GEGLU(nn.Module):
