@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sdcore.errors import ConfigError
-from sdcore.guidance import denoiser, rescaled, to_x0
+from sdcore.guidance import Guidance, denoiser, rescaled, to_x0
 from sdcore.samplers import add_noise, make_steps
 from sdcore.scheduler import SD15_SCHEDULER
 
@@ -52,7 +52,7 @@ def test_guidance_of_one_and_below_asks_once(guidance):
 
 def test_guidance_acts_inside_its_interval_of_sigmas_only():
     network = Recorder()
-    denoise = denoiser(network, guidance=3.0, interval=(0.5, 5.0))
+    denoise = denoiser(network, guidance=Guidance(3.0, interval=(0.5, 5.0)))
     for step in STEPS:
         denoise(latents(), step)
     doubled = [len(asked) == 4 for asked, _ in network.asked]
@@ -76,7 +76,7 @@ def test_rescale_is_of_the_guided_output_not_of_x0():
     network, x, step = Recorder(negative=-1.0), latents(), STEPS[3]
     entry = x * step.input_scale
     guided = -entry + 4.0 * (2 * entry + entry)
-    x0 = denoiser(network, guidance=4.0, rescale=0.7)(x, step)
+    x0 = denoiser(network, guidance=Guidance(4.0, rescale=0.7))(x, step)
     assert torch.allclose(x0, x - step.sigma * rescaled(guided, 2 * entry, 0.7), rtol=1e-12)
 
 
@@ -102,6 +102,57 @@ def test_the_arithmetic_stays_in_the_precision_of_x():
     assert torch.equal(x0, to_x0(x, negative + 5.0 * (positive - negative), step))
 
 
+# ------------------------------------------------------------------------------------------------ towards a picture
+
+
+def answers_of(*constants):
+    """A network that answers so many constants times its input, row by row of the batch, and remembers how many it was asked."""
+
+    def network(x, step):
+        asked.append(len(x))
+        parts = x.chunk(len(x) // 2)
+        return torch.cat([part * c for part, c in zip(parts, constants[-len(parts) :], strict=True)])
+
+    asked = []
+    network.asked = asked
+    return network
+
+
+def test_two_guidances_are_those_of_instruct_pix2pix():
+    """2211.09800 eq. 3: e(0, 0) + s_I (e(I, 0) - e(0, 0)) + s_T (e(I, T) - e(I, 0)); the three in this order in one batch."""
+    network, x, step = answers_of(0.3, 0.7, 1.9), latents(), STEPS[3]
+    x0 = denoiser(network, guidance=Guidance(7.5, image=1.5))(x, step)
+    output = x * step.input_scale * (0.3 + 1.5 * (0.7 - 0.3) + 7.5 * (1.9 - 0.7))
+    assert network.asked == [6]
+    assert torch.allclose(x0, x - step.sigma * output, rtol=1e-12)
+
+
+def test_a_guidance_towards_a_picture_of_one_is_the_plain_one():
+    x, step = latents(), STEPS[3]
+    plain = denoiser(answers_of(0.7, 1.9), guidance=7.5)(x, step)
+    assert torch.allclose(
+        denoiser(answers_of(0.3, 0.7, 1.9), guidance=Guidance(7.5, image=1.0))(x, step), plain, rtol=1e-12
+    )
+
+
+def test_a_guidance_towards_a_picture_keeps_to_scale_and_interval():
+    """As diffusers, it is off where the text's is: then the positive answer alone is asked for."""
+    network = answers_of(0.3, 0.7, 1.9)
+    denoiser(network, guidance=Guidance(1.0, image=1.5))(latents(), STEPS[3])
+    denoise = denoiser(network, guidance=Guidance(3.0, image=1.5, interval=(0.5, 5.0)))
+    for step in STEPS:
+        denoise(latents(), step)
+    assert network.asked == [2] + [6 if 0.5 <= step.sigma <= 5.0 else 2 for step in STEPS]
+
+
+def test_several_prompts_are_composed_before_they_are_guided_towards_a_picture():
+    network, x, step = answers_of(0.3, 0.7, 1.9, 1.1), latents(), STEPS[3]
+    x0 = denoiser(network, guidance=Guidance(7.5, image=1.5), shares=[0.6, 0.5])(x, step)
+    text = 0.6 * (1.9 - 0.7) + 0.5 * (1.1 - 0.7)
+    output = x * step.input_scale * (0.3 + 1.5 * (0.7 - 0.3) + 7.5 * text)
+    assert torch.allclose(x0, x - step.sigma * output, rtol=1e-12)
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -111,9 +162,23 @@ def test_the_arithmetic_stays_in_the_precision_of_x():
         dict(interval=(2.0, 1.0)),
         dict(interval=(-1.0, 1.0)),
         dict(interval=(float("nan"), 1.0)),
+        dict(scale=float("nan")),
+        dict(scale=math.inf),
+        dict(scale=True),
+        dict(scale="7.5"),
+        dict(image=0.9),
+        dict(image=float("nan")),
+        dict(pag=-1.0),
+        dict(pag=math.inf),
+        dict(apg=0.0),
+        dict(apg=float("nan")),
+        dict(apg=15.0, plus_plus=True),
+        dict(apg=15.0, rescale=0.5),
+        dict(apg=15.0, image=1.5),
+        dict(plus_plus=True, pag=3.0),
     ],
     ids=str,
 )
 def test_refuses_what_has_no_meaning(arguments):
     with pytest.raises(ConfigError):
-        denoiser(Recorder(), guidance=5.0, **arguments)
+        Guidance(**arguments)
