@@ -42,6 +42,9 @@ class UNetConfig:
     layers: int = 2  # residual blocks a level on the way down; one more on the way up
     depths: tuple[int, ...] = (1, 1, 1, 0)  # transformer layers behind each residual block; 0 means no attention here
     mid_depth: int = 1
+    hollow: tuple[
+        int, ...
+    ] = ()  # levels of depth 0 that have transformers all the same, without layers (XL's ControlNet mid)
     heads: tuple[int, ...] = (8, 8, 8, 8)
     context_dim: int = 768  # width of the text
     linear_projection: bool = False  # around the transformers: linear layers (2.x, XL) or 1 x 1 convolutions (1.x)
@@ -302,22 +305,34 @@ class Down(nn.Module):
         self.resnets = nn.ModuleList(Resnet(c_in if i == 0 else c, c, config) for i in range(config.layers))
         self.attentions = nn.ModuleList(
             Transformer(c, config.heads[level], depth, config.cross_only[level], config)
-            for _ in range(config.layers if depth else 0)
+            for _ in range(config.layers if depth or level in config.hollow else 0)
         )
         if level < len(config.channels) - 1:
             self.downsamplers = nn.ModuleList([Downsample(c)])
 
     def forward(
-        self, x: Tensor, skips: list[Tensor], shifts: Iterator[Tensor], kv: Iterator[KeysValues]
+        self,
+        x: Tensor,
+        skips: list[Tensor],
+        shifts: Iterator[Tensor],
+        kv: Iterator[KeysValues],
+        feature: Tensor | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
+        """A T2I-Adapter's `feature` is added behind the last transformer; where there is none, to what leaves the level."""
+        last = len(self.resnets) - 1 if self.attentions else None
         for i, resnet in enumerate(self.resnets):
             x = resnet(x, next(shifts))
             if self.attentions:
                 x = self.attentions[i](x, kv)
+            if feature is not None and i == last:
+                x = widen(x, feature) + widen(feature, x)
             skips = [*skips, x]
         for downsample in getattr(self, "downsamplers", ()):
             x = downsample(x)
             skips = [*skips, x]
+        if feature is not None and last is None:
+            x = widen(x, feature) + widen(feature, x)
+            skips = [*skips[:-1], x]
         return x, skips
 
 
@@ -392,10 +407,9 @@ class Encoder(nn.Module):
         """
         config, dtype = self.config, self.conv_in.weight.dtype
         temb = self.time_embedding(sinusoids(t, config.channels[0]).to(dtype))
-        if config.class_embeddings:
-            if labels is None:
-                raise ConfigError("this UNet hears a noise level: pass labels=, int64 [b]")
-            temb = temb + self.class_embedding(labels).to(dtype)
+        told = self.embed_labels(labels)
+        if told is not None:
+            temb = temb + told
         if config.added_dim:
             if added is None:
                 raise ConfigError("this UNet hears the pooled text and sizes: pass added=(pooled, time_ids)")
@@ -403,6 +417,14 @@ class Encoder(nn.Module):
             numbers = sinusoids(time_ids.flatten(), config.added_time_dim).reshape(len(pooled), -1)
             temb = temb + self.add_embedding(torch.cat([pooled, numbers], dim=-1).to(dtype))
         return temb
+
+    def embed_labels(self, labels: Tensor | None) -> Tensor | None:
+        """Embedding [b, d] of `labels`; None where the network hears of none."""
+        if not self.config.class_embeddings:
+            return None
+        if labels is None:
+            raise ConfigError("this UNet hears a noise level: pass labels=, int64 [b]")
+        return self.class_embedding(labels).to(self.conv_in.weight.dtype)
 
     def time_shifts(self, temb: Tensor) -> list[Tensor]:
         """What each residual block hears of a time embedding, in the order in which they run: list of [b, c, 1, 1]."""
@@ -420,12 +442,18 @@ class Encoder(nn.Module):
             if part is not None:
                 yield from (block for block in part.modules() if isinstance(block, kind))
 
-    def down(self, x: Tensor, shifts: Iterator[Tensor], kv: Iterator[KeysValues]) -> tuple[Tensor, list[Tensor]]:
-        """Everything before the way up: the middle's result and every kept result, first to last."""
+    def down(
+        self, x: Tensor, shifts: Iterator[Tensor], kv: Iterator[KeysValues], features: list[Tensor] | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Everything before the way up: the middle's result, and every kept result; see `UNet.step` for `features`."""
         skips = [x]
-        for block in self.down_blocks:
-            x, skips = block(x, skips, shifts, kv)
-        return self.mid_block(x, shifts, kv), skips
+        for level, block in enumerate(self.down_blocks):
+            feature = None if features is None or level >= len(features) else features[level]
+            x, skips = block(x, skips, shifts, kv, feature)
+        x = self.mid_block(x, shifts, kv)
+        if features is not None and len(features) > len(self.down_blocks):
+            x = widen(x, features[-1]) + widen(features[-1], x)
+        return x, skips
 
 
 class UNet(Encoder):
@@ -438,16 +466,22 @@ class UNet(Encoder):
         self.conv_out = nn.Conv2d(config.channels[0], config.out_channels, 3, padding=1)
 
     def step(
-        self, x: Tensor, shifts: list[Tensor], keys_values: list[KeysValues], residuals: list[Tensor] | None = None
+        self,
+        x: Tensor,
+        shifts: list[Tensor],
+        keys_values: list[KeysValues],
+        residuals: list[Tensor] | None = None,
+        features: list[Tensor] | None = None,
     ) -> Tensor:
         """The once-a-step half: latent [b, c, h, w] -> prediction [b, c, h, w].
 
         `shifts` and `keys_values` come from `time_shifts` and `keys_values`. Where `keys_values` have n times the rows of `x`
         (one lot a branch of guidance), so has the prediction; `shifts` may have one row for all. `residuals`, from
         ControlNets, are added to the kept results and, the last one, to the middle: one more than there are kept results.
+        `features`, from T2I-Adapters, are added inside the way down: one a level, and where there is one more, to the middle.
         """
         shift, kv = iter(shifts), iter(keys_values)
-        x, skips = self.down(self.conv_in(x), shift, kv)
+        x, skips = self.down(self.conv_in(x), shift, kv, features)
         if residuals is not None:
             skips = [widen(skip, residual) + residual for skip, residual in zip(skips, residuals, strict=False)]
             x = x + residuals[-1]
@@ -463,10 +497,11 @@ class UNet(Encoder):
         added: tuple[Tensor, Tensor] | None = None,
         labels: Tensor | None = None,
         residuals: list[Tensor] | None = None,
+        features: list[Tensor] | None = None,
     ) -> Tensor:
         """Latent [b, c, h, w], timesteps [b] or one for all, text [b, k, d] -> prediction [b, c, h, w].
 
         The two once-a-picture halves and the once-a-step half in a row; see `embed_time` for `added` and `labels`.
         """
         temb = self.embed_time(t.expand(len(x)), added, labels)
-        return self.step(x, self.time_shifts(temb), self.keys_values(context), residuals)
+        return self.step(x, self.time_shifts(temb), self.keys_values(context), residuals, features)
