@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from scipy import stats
-from sdcore.train import checker, loop, text, text2image, vae, vocabulary, world
+from sdcore.train import checker, checkpoints, log, loop, objectives, state, text, text2image, vae, vocabulary, world
 
 from sdcore.errors import NonFiniteError, TrainingError
 from sdcore.tokenizer import Tokenizer
@@ -80,15 +80,15 @@ class Line(loop.Task):
         self.modules = {"line": torch.nn.Linear(3, 1)}
         self.pause, self.poison = pause, poison
 
-    def loss(self, step, rng):
-        x = torch.randn(4, 3, generator=rng)
+    def loss(self, part):
+        x = part.of(torch.randn(part.batch, 3, generator=part.common()))
         time.sleep(self.pause)
         loss = (self.modules["line"](x) - 2 * x.sum(dim=1, keepdim=True)).square().mean()
-        return loss * (float("nan") if step in self.poison else 1.0), {}
+        return loop.Loss(loss * (float("nan") if part.step in self.poison else 1.0), len(x))
 
 
 def line_options(out: Path, **changes) -> loop.LoopOptions:
-    defaults = dict(steps=40, warmup=4, cooldown=10, save_every=5, log_every=4, ema=0.9, threads=1)
+    defaults = dict(steps=40, batch=4, warmup=4, cooldown=10, save_every=5, log_every=4, ema=0.9, threads=1)
     return loop.LoopOptions(out=str(out), **(defaults | changes))
 
 
@@ -140,7 +140,7 @@ def test_a_signal_saves_once_and_the_exit_code_tells(tmp_path, number):
     assert child.end() == 128 + number
     step = json.loads((tmp_path / "run/log.jsonl").read_text().splitlines()[-1])["step"]
     assert f"stopped and saved at step {step}" in child.errors.read_text()
-    assert loop.Checkpoints(tmp_path / "run/checkpoints", 2).newest()[1]["step"] == step
+    assert checkpoints.Checkpoints(tmp_path / "run/checkpoints", 2).newest()[1]["step"] == step
     assert Child(tmp_path / "run", resume=True).end() == 0
     loop.run(Line(), line_options(tmp_path / "whole", steps=60))
     assert_same_bits(final(tmp_path / "whole"), final(tmp_path / "run"))
@@ -160,8 +160,8 @@ def test_damaged_newest_checkpoint_is_passed_over_aloud(tmp_path, capfd, damage)
         file.write_bytes(data[:-8])
     else:
         (newest / "manifest.json").unlink()
-    tensors, state = loop.Checkpoints(tmp_path / "run/checkpoints", 3).newest()
-    assert state["step"] == 35 and str(newest) in capfd.readouterr().err
+    _, found = checkpoints.Checkpoints(tmp_path / "run/checkpoints", 3).newest()
+    assert found["step"] == 35 and str(newest) in capfd.readouterr().err
     assert loop.run(Line(), line_options(tmp_path / "run", keep=3, resume=True)) == 0  # writes step 40 anew
     assert_same_bits(whole, final(tmp_path / "run"))
 
@@ -169,9 +169,9 @@ def test_damaged_newest_checkpoint_is_passed_over_aloud(tmp_path, capfd, damage)
 @pytest.mark.parametrize("call", ["fsync", "rename", "replace"])
 def test_a_save_that_fails_leaves_what_was_there(tmp_path, monkeypatch, call):
     """Every flush and rename of a save fails in turn: a TrainingError, and the older checkpoint still verifies."""
-    checkpoints = loop.Checkpoints(tmp_path, keep=1)
+    folder = checkpoints.Checkpoints(tmp_path, keep=1)
     tensors = {"weights/a": torch.arange(4.0)}
-    checkpoints.save(1, tensors, {"step": 1})
+    folder.save(1, tensors, {"step": 1})
     real, fired = getattr(os, call), 0
     for failing in range(20):
         calls = 0
@@ -186,14 +186,14 @@ def test_a_save_that_fails_leaves_what_was_there(tmp_path, monkeypatch, call):
         with monkeypatch.context() as patch:
             patch.setattr(os, call, fail)
             try:
-                checkpoints.save(failing + 2, tensors, {"step": failing + 2})
+                folder.save(failing + 2, tensors, {"step": failing + 2})
             except TrainingError as error:
                 fired += 1
                 assert "No space left" in str(error)
             else:
                 assert calls <= failing  # every call has had its turn
                 break
-        assert checkpoints.newest()[1]["step"] in (1, failing + 2)
+        assert folder.newest()[1]["step"] in (1, failing + 2)
     assert fired >= (4 if call == "fsync" else 1)
     assert list(tmp_path.glob(".writing-*")) == []
 
@@ -209,7 +209,7 @@ def test_refusals(tmp_path):
     with pytest.raises(TrainingError, match="cooldown had begun"):
         loop.run(Line(), line_options(tmp_path / "run", resume=True, steps=50))
     assert loop.run(Line(), line_options(tmp_path / "run", resume=True, steps=50, accept_changes=True)) == 0
-    with loop.sole_user(tmp_path / "run"), pytest.raises(TrainingError, match=f"process {os.getpid()}"):
+    with checkpoints.sole_user(tmp_path / "run"), pytest.raises(TrainingError, match=f"process {os.getpid()}"):
         loop.run(Line(), line_options(tmp_path / "run", resume=True))
 
 
@@ -222,10 +222,10 @@ def test_a_run_can_be_extended_before_its_cooldown(tmp_path):
     """The learning rate does not know the end before the cooldown: stopped at 20 of 40 and extended equals 60 from the start."""
 
     class Stops(Line):
-        def loss(self, step, rng):
-            if step == 20:
+        def loss(self, part):
+            if part.step == 20:
                 os.kill(os.getpid(), signal.SIGINT)
-            return super().loss(step, rng)
+            return super().loss(part)
 
     assert loop.run(Stops(), line_options(tmp_path / "run")) == 130
     assert loop.run(Line(), line_options(tmp_path / "run", resume=True, steps=60)) == 0
@@ -240,12 +240,12 @@ def test_steps_that_are_not_finite_are_not_applied(tmp_path):
     assert_same_bits(*states)
     with pytest.raises(NonFiniteError, match="5 steps in a row"):
         loop.run(Line(poison=range(10, 40)), line_options(tmp_path / "many"))
-    assert loop.Checkpoints(tmp_path / "many/checkpoints", 2).newest()[1]["step"] == 10
+    assert checkpoints.Checkpoints(tmp_path / "many/checkpoints", 2).newest()[1]["step"] == 10
 
 
 def test_average_is_the_formula_and_comes_back(tmp_path):
     p = torch.nn.Parameter(torch.zeros(2, dtype=torch.float64))
-    average, expected = loop.Average({"p": p}, 0.9), np.zeros(2)
+    average, expected = state.Average({"p": p}, 0.9), np.zeros(2)
     for step in range(50):
         p.data = torch.tensor([step + 1.0, -step], dtype=torch.float64)
         average.update(step)
@@ -266,7 +266,7 @@ def test_learning_rate(tmp_path):
 def test_the_curve_is_drawn_from_a_log_with_a_torn_line(tmp_path):
     lines = [json.dumps({"step": s, "loss": 1 / (s + 1)}) for s in range(50)]
     (tmp_path / "log.jsonl").write_text("\n".join(lines) + '\n{"step": 50, "lo')
-    loop.draw_curve(tmp_path / "log.jsonl", tmp_path / "loss.png")
+    log.draw_curve(tmp_path / "log.jsonl", tmp_path / "loss.png")
     from PIL import Image
 
     picture = np.asarray(Image.open(tmp_path / "loss.png").convert("RGB")).astype(int)
@@ -286,10 +286,10 @@ def cut_at(task, step: int):
     """The task, dying without warning at a step."""
     whole = task.loss
 
-    def loss(now, rng):
-        if now == step:
+    def loss(part):
+        if part.step == step:
             raise Cut
-        return whole(now, rng)
+        return whole(part)
 
     task.loss = loss
     return task
@@ -373,7 +373,7 @@ def test_diffusion_loss_against_the_formula_in_fp64():
     x, noise = (torch.randn(5, 4, 2, 2, generator=rng) for _ in range(2))
     t = torch.tensor([0, 10, 400, 800, 999])
     alpha_bar = text2image.alpha_bars(text2image.SCHEDULER)
-    weights = text2image.v_weights(alpha_bar, 5.0)
+    weights = objectives.capped_v(alpha_bar, 5.0)
 
     def network(x_t, t, context):
         return 0.3 * x_t + (t.to(x_t.dtype) / 1000).view(-1, 1, 1, 1) + context.mean()
@@ -402,7 +402,7 @@ def test_timesteps_are_spread():
         below = stats.norm.cdf((np.log(edges / (1 - edges)) - text2image.MIDDLE) / text2image.WIDTH)  # P(t < 1000 edge)
     counts = torch.zeros(1000)
     for _ in range(2000):
-        t = text2image.spread_timesteps(20, 1000, rng)
+        t = objectives.logit_normal(20, 1000, rng, text2image.MIDDLE, text2image.WIDTH)
         for k, i in enumerate(sorted(t.tolist())):
             assert below[i] * 20 < k + 1 and below[i + 1] * 20 > k
         counts[t] += 1

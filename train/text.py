@@ -29,7 +29,7 @@ from sdcore.clip import CLIPText, CLIPTextConfig
 from sdcore.tokenizer import Tokenizer
 
 from . import vocabulary, world
-from .loop import LoopOptions, Task, run
+from .loop import LoopOptions, Loss, Part, Task, run
 from .options import option, parse
 
 CONFIG = CLIPTextConfig(width=128, layers=3, heads=4, mlp=256, positions=vocabulary.LENGTH)
@@ -101,12 +101,13 @@ class TrainText(Task):
         logits = self.heads(self.text(ids).last[behind])
         return list(logits.split(CLASSES, dim=1)), behind.nonzero()[:, 0]
 
-    def loss(self, step: int, rng: torch.Generator) -> tuple[Tensor, dict[str, float]]:
-        seed = int(torch.randint(2**62, (1,), generator=rng))
-        texts = self.captions(np.random.default_rng(seed), self.options.batch)
+    def loss(self, part: Part) -> Loss:
+        seed = int(torch.randint(2**62, (1,), generator=part.common()))
+        texts = self.captions(np.random.default_rng(seed), self.options.batch)[part.places.start : part.places.stop]
         logits, which = self.read(texts)
         wanted = torch.tensor([labels(text) for text in texts])[which]
-        return sum((F.cross_entropy(x, wanted[:, a]) for a, x in enumerate(logits)), torch.zeros(())), {}
+        mean = sum((F.cross_entropy(x, wanted[:, a]) for a, x in enumerate(logits)), torch.zeros(()))
+        return Loss(mean, len(which))
 
     def evaluate(self, step: int, out: Path) -> dict[str, float]:
         """Share of captions, seen ones and held-out ones, of which everything is told right at the end token."""

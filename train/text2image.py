@@ -38,8 +38,8 @@ from sdcore.tokenizer import Tokenizer
 from sdcore.unet import UNet, UNetConfig
 from sdcore.vae import VAE
 
-from . import judge, world
-from .loop import LoopOptions, Task, channels_last, run, sha256
+from . import judge, objectives, world
+from .loop import LoopOptions, Loss, Part, Task, channels_last, run, sha256
 from .options import option, parse
 
 SHARD = 4096  # pictures in one file of the cache
@@ -72,31 +72,10 @@ class TextToImageOptions(LoopOptions):
     shards: int = option(6, f"files of {SHARD} pictures in the cache")
     captions: int = option(4, "captions a picture")
     dropout: float = option(0.1, "share of captions replaced by the empty one")
-    gamma: float = option(5.0, "cap of the weight of nearly clean timesteps, see v_weights")
+    gamma: float = option(5.0, "cap of the weight of nearly clean timesteps, see objectives.capped_v")
 
 
 # ------------------------------------------------------------------------------------------------------------- the loss
-
-
-def v_weights(alpha_bar: Tensor, gamma: float) -> Tensor:
-    """The weight of the squared error of v at every timestep: min(snr + 1, gamma) / (snr + 1).
-
-    An error e of v is an error sqrt(1 - alpha_bar) e of the clean latent, so an unweighted v counts the error of the clean latent
-    snr + 1 times; here that is capped at gamma. Min-SNR caps snr instead, which silences the noisiest timesteps, the ones where
-    the text decides what appears.
-    """
-    return (gamma * (1 - alpha_bar)).clamp(max=1.0)  # 1 / (snr + 1) is 1 - alpha_bar
-
-
-def spread_timesteps(count: int, of: int, rng: torch.Generator) -> Tensor:
-    """`count` timesteps in 0..of-1 from a logit-normal distribution, one of every stretch of equal chance, in random order.
-
-    Where things lie and what they are is decided in the middle of the way, so that is where most of the work goes (MIDDLE,
-    WIDTH). Source: Esser et al. 2024, equation 19.
-    """
-    chance = (torch.arange(count) + torch.rand(1, generator=rng)) / count
-    place = torch.sigmoid(MIDDLE + WIDTH * torch.special.ndtri(chance.double()))
-    return (place * of).long().clamp(max=of - 1)[torch.randperm(count, generator=rng)]
 
 
 def diffusion_loss(
@@ -106,10 +85,9 @@ def diffusion_loss(
 
     x, noise [b, z, h, w]; t [b]; context [b, s, d]; alpha_bar, weights [timesteps].
     """
-    signal, spread = alpha_bar[t].sqrt().view(-1, 1, 1, 1), (1 - alpha_bar[t]).sqrt().view(-1, 1, 1, 1)
-    v = signal * noise - spread * x
-    error = (unet(signal * x + spread * noise, t, context) - v).square().flatten(1).mean(dim=1)
-    return (weights[t] * error).mean()
+    wanted = objectives.target("v_prediction", x, noise, alpha_bar[t])
+    found = unet(objectives.noised(x, noise, alpha_bar[t]), t, context)
+    return (weights[t] * objectives.squared(found, wanted).flatten(1).mean(dim=1)).mean()
 
 
 # ------------------------------------------------------------------------------------------------------------ the cache
@@ -212,7 +190,7 @@ class TextToImage(Task):
         )
         self.empty = self.tokenizer([""])[0]
         self.alpha_bar = alpha_bars(SCHEDULER).float()
-        self.weights = v_weights(self.alpha_bar, options.gamma)
+        self.weights = objectives.capped_v(self.alpha_bar, options.gamma)
 
         torch.manual_seed(options.seed)
         self.vae = load_vae(options.vae)
@@ -248,17 +226,18 @@ class TextToImage(Task):
             self.epoch, self.order = epoch, torch.randperm(len(self.mean), generator=order)
         return self.order[place * self.options.batch : (place + 1) * self.options.batch]
 
-    def loss(self, step: int, rng: torch.Generator) -> tuple[Tensor, dict[str, float]]:
-        rows = self.rows(step)
+    def loss(self, part: Part) -> Loss:
+        rng, rows = part.common(), self.rows(part.step)
         b, shape = len(rows), (len(rows), *self.mean.shape[1:])
         x = self.mean[rows].float() + self.std[rows].float() * torch.randn(shape, generator=rng)
         ids = self.ids[rows, torch.randint(self.options.captions, (b,), generator=rng)].long()
         ids = torch.where((torch.rand(b, generator=rng) < self.options.dropout)[:, None], self.empty, ids)
-        t = spread_timesteps(b, SCHEDULER.train_steps, rng)
+        t = objectives.logit_normal(b, SCHEDULER.train_steps, rng, MIDDLE, WIDTH)
         noise = torch.randn(shape, generator=rng)
+        x, ids, t, noise = part.of(x), part.of(ids), part.of(t), part.of(noise)
         with torch.no_grad():
             context = self.text(ids).last
-        return diffusion_loss(self.unet, x, t, noise, context, self.alpha_bar, self.weights), {}
+        return Loss(diffusion_loss(self.unet, x, t, noise, context, self.alpha_bar, self.weights), len(x))
 
     def pipeline(self) -> Pipeline:
         """The model as it is now."""

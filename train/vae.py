@@ -23,7 +23,7 @@ from torch import Tensor
 from sdcore.vae import VAE, VAEConfig
 
 from . import world
-from .loop import LoopOptions, Task, channels_last, run
+from .loop import LoopOptions, Loss, Part, Task, channels_last, run
 from .options import option, parse
 
 CONFIG = VAEConfig(channels=(32, 32, 64, 64), layers=1, sample_size=world.SIDE, norm_groups=8)
@@ -70,21 +70,23 @@ class TrainVAE(Task):
     def identity(self) -> dict[str, object]:
         return {"world": world.fingerprint(), "start": self.options.start}
 
-    def loss(self, step: int, rng: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+    def loss(self, part: Part) -> Loss:
+        rng, o = part.common(), self.options
         seed = int(torch.randint(2**62, (1,), generator=rng))
-        x = torch.from_numpy(
-            pictures(np.random.default_rng(seed), self.options.batch, close=step < self.options.close_steps)
-        )
-        x = x.contiguous(memory_format=torch.channels_last)
+        x = torch.from_numpy(pictures(np.random.default_rng(seed), o.batch, close=part.step < o.close_steps))
         noise = torch.randn(
             len(x), CONFIG.latent_channels, *(side // CONFIG.factor for side in x.shape[2:]), generator=rng
         )
+        x, noise = (
+            part.of(whole.unflatten(0, (o.batch, -1))).flatten(0, 1) for whole in (x, noise)
+        )  # windows of a picture
+        x = x.contiguous(memory_format=torch.channels_last)
         y, moments = self.vae(x, noise)
         absolute, squared = F.l1_loss(y, x), F.mse_loss(y, x)
         kl = 0.5 * (moments.mean**2 + moments.logvar.exp() - 1 - moments.logvar).mean()
         edges = edge_loss(y, x)
         figures = {"absolute": absolute.item(), "squared": squared.item(), "edges": edges.item(), "kl": kl.item()}
-        return absolute + squared + edges + self.options.kl * kl, figures
+        return Loss(absolute + squared + edges + o.kl * kl, len(x), figures)
 
     def evaluate(self, step: int, out: Path) -> dict[str, float]:
         """PSNR of 128 pictures never trained on; a sheet with every original above its reconstruction."""
