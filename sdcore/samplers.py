@@ -74,13 +74,14 @@ def make_steps(
 
     sampler      a name of SAMPLERS; None is the model's own
     schedule     a name of SCHEDULES; None is exactly what diffusers' `from_config` gives for this model and sampler
-    start        leave out the first `start` of the n noise levels (image-to-image); multistep samplers start afresh there
+    start        leave out the first `start` of the n noise levels (image-to-image); multistep samplers start afresh there (pndm:
+                 as diffusers has it, see there)
     timesteps, sigma_list   levels of your own, falling, in place of n and schedule
     final_sigma  "zero" or "sigma_min": where the way ends; None is the sampler's own
     options      the sampler's own: `SAMPLERS[name].options`
 
-    Second-order single-step samplers look twice per level: they return up to 2n - 1 steps. Raises ConfigError for a
-    name or option that is not known (with the nearest ones that are) and for a count outside 1 .. train_steps.
+    Second-order single-step samplers look twice per level: they return up to 2n - 1 steps; pndm looks once more. Raises
+    ConfigError for a name or option that is not known (with the nearest ones that are) and for a count outside 1 .. train_steps.
     """
     check_config(config)
     name = sampler or config.sampler
@@ -119,6 +120,7 @@ def make_steps(
         n=n,
         stride=config.train_steps // n if even else 0,
         start_at_sigma=spacing != "leading",
+        above=points[:start],
     )
     entry.solve(plan, **options)
     return plan.steps

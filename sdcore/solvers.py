@@ -88,6 +88,9 @@ class Plan:
     n: int  # steps of the whole way, also where it is entered further down
     stride: int  # timesteps from one point to the next where they are evenly spaced, else 0
     start_at_sigma: bool  # a VE way begins with noise of standard deviation sigma, rather than sqrt(sigma^2 + 1)
+    above: list[Point] = field(
+        default_factory=list
+    )  # points of the whole way that were left out: it is entered below them
     steps: list[Step] = field(default_factory=list)
     eps: Sum = ZERO
     out: Sum = ZERO
@@ -221,9 +224,13 @@ def pndm(plan: Plan) -> None:
     """Pseudo linear multistep, "PLMS": ddim's move along an eps extrapolated from the last four (2202.09778, with the
     Adams-Bashforth weights). It warms up with formulas of rising order, of which the first looks twice; or, with
     `skip_prk_steps=False`, with Runge-Kutta over the first three intervals. Follows diffusers, which mixes the network's raw
-    outputs (v for a v model)."""
+    outputs (v for a v model); and which, where a way is entered further down, counts the level of two looks as two levels. So it
+    enters one level early and skips the second look, but not the move after it: from the third look on, the network is told
+    of one level less noise than x has."""
     outs: list[Sum] = []
     points = plan.points[:-1]
+    whole = [*plan.above, *points]
+    looks = [*whole[:2], *whole[1:]][len(plan.above) :]
 
     def move(x: Sum, out: Sum, here: Point, there: Point) -> Sum:
         a, b = here.alpha_bar, there.alpha_bar
@@ -254,16 +261,16 @@ def pndm(plan: Plan) -> None:
             plan.look(there)
             plan.go(move(x, k1 / 6 + k2 / 3 + k3 / 3 + plan.out / 6, here, there))
             outs.append(k1)
-        points = points[3:]
+        looks = points[3:]
     mixes = {1: (1,), 2: (3 / 2, -1 / 2), 3: (23 / 12, -16 / 12, 5 / 12), 4: (55 / 24, -59 / 24, 37 / 24, -9 / 24)}
     warm = bool(outs)
     first = ZERO
-    for i, here in enumerate(points):
+    for i, here in enumerate(looks):
         x, _ = plan.look(here)
         first = x if i == 0 else first
         if i == 1 and not warm:  # the first move once more, now along the average of its two ends
             plan.go(move(first, (plan.out + outs[0]) / 2, plan.below(here, -plan.stride), here))
-            x, _ = plan.look(here)
+            continue
         outs = [*outs, plan.out][-4:]
         out = total(o * w for o, w in zip(reversed(outs), mixes[len(outs)], strict=True))
         plan.go(move(x, out, here, plan.below(here)))
@@ -272,7 +279,8 @@ def pndm(plan: Plan) -> None:
 @sampler("ve", KARRAS)
 def lms(plan: Plan, *, order: int = 4) -> None:
     """Linear multistep (Adams-Bashforth) in sigma: integrates the polynomial through the last slopes. k-diffusion
-    `sample_lms`; Hairer, Norsett & Wanner, Solving ODEs I, III.1. Follows diffusers."""
+    `sample_lms`; Hairer, Norsett & Wanner, Solving ODEs I, III.1. Follows diffusers; but where a way is entered further down
+    the order rises from 1 as in k-diffusion (diffusers weighs the one slope it has as the first of four)."""
     check_count(order, 4, "order")
     slopes: list[Sum] = []
     for i, (here, there) in enumerate(plan.pairs()):

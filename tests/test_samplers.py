@@ -302,30 +302,95 @@ def test_zero_terminal_snr_refuses_an_epsilon_model():
         make_steps(replace(SD15_SCHEDULER, zero_snr=True, spacing="trailing"), 20, "ddim")
 
 
-@pytest.mark.parametrize(
-    "name", ["ddim", "euler", "heun", "dpm2", "dpmpp_2m", "unipc", "deis", "dpmpp_2m_sde", "euler_a"]
-)
-def test_starting_further_down_equals_diffusers(name):
-    """Image to image: noise to an inner level, and on from there with a fresh history."""
-    n, start = 20, 8
-    config, released = MODELS["sd15"]
-    peer = peer_for(name, released)
+# ------------------------------------------------------------------------------------------------------------------------
+# Image to image: noise to an inner level, and on from there; a mask keeps what is known in every step
+
+
+def mixing(x, t):
+    """`network`, but of its neighbours too: what a mask keeps is seen by what it does not."""
+    return network(0.6 * x + 0.4 * x.roll(1, -1), t)
+
+
+KEPT = (torch.arange(SHAPE[-1]) % 3 == 0).float().expand(SHAPE)
+
+
+def peer_image_to_image(name, model, n, start, schedule=None, masked=False):
+    """diffusers' image-to-image loop: `get_timesteps` and `add_noise` of its pipelines, and the blend of the inpainting one."""
+    peer = peer_for(name, MODELS[model][1], schedule)
     peer.set_timesteps(n)
     timesteps = peer.timesteps[start * peer.order :]
-    peer.set_begin_index(start * peer.order) if hasattr(peer, "set_begin_index") else None
-    image, noise, *more = draws(11, 60)
-    x = peer.add_noise(image, noise, timesteps[:1])
+    if hasattr(peer, "set_begin_index"):
+        peer.set_begin_index(start * peer.order)
+    if name == "deis":
+        peer.sigmas = peer.sigmas.double()  # see `run_peer`
+    image, noise, *more = draws(11, 101)
+    x, fresh = peer.add_noise(image, noise, timesteps[:1]).float(), iter(more)
+    if name == "dpmpp_sde":
+        peer.noise_sampler = brownian(fresh)
+    module = sys.modules[type(peer).__module__]
+    with mock.patch.object(module, "randn_tensor", lambda *a, **k: next(fresh), create=True):
+        for i, t in enumerate(timesteps):
+            # Entered at step 8, diffusers takes the only slope it has for the first of four; k-diffusion's order rises from 1.
+            options = dict(order=min(i + 1, 4)) if name == "lms" else {}
+            x = peer.step(mixing(peer.scale_model_input(x, t), t), t, x, **options).prev_sample
+            if masked:
+                known = peer.add_noise(image, noise, timesteps[i + 1 : i + 2]) if i + 1 < len(timesteps) else image
+                if name in ("dpm2", "dpmpp_sde") and not peer.state_in_first_order:
+                    # Before a look at a middle, diffusers blends in the noise of the level below; x has that of the middle.
+                    middle = peer.sigmas_interpol[peer.step_index] if name == "dpm2" else peer.mid_point_sigma
+                    known = image + noise * middle
+                x = KEPT * known + (1 - KEPT) * x
+    return timesteps.tolist(), x
+
+
+def our_image_to_image(steps, masked):
+    image, noise, *more = draws(11, 101)
     fresh = iter(more)
-    with mock.patch.object(
-        sys.modules[type(peer).__module__], "randn_tensor", lambda *a, **k: next(fresh), create=True
-    ):
-        for t in timesteps:
-            x = peer.step(network(peer.scale_model_input(x, t), t), t, x).prev_sample
-    steps = make_steps(config, n, name, start=start)
-    assert [step.t for step in steps] == timesteps.tolist()
-    entry, fresh = add_noise(image, noise, steps[0]), iter(more)
-    ours = last(sample(denoiser(lambda z, step: network(z, step.t)), entry, steps, noise=lambda y: next(fresh)))
-    assert error(ours, x) < TOLERANCE
+
+    def blend(x, step):
+        return KEPT * (image if step is None else add_noise(image, noise, step)) + (1 - KEPT) * x
+
+    denoise = denoiser(lambda z, step: mixing(z, step.t))
+    walk = sample(
+        denoise,
+        add_noise(image, noise, steps[0]),
+        steps,
+        noise=lambda y: next(fresh),
+        edit=blend if masked else None,
+    )
+    return last(walk)
+
+
+@pytest.mark.parametrize("name", PEERS)
+@pytest.mark.parametrize("model", MODELS)
+def test_entered_further_down_equals_diffusers(name, model):
+    """With all strengths that diffusers turns into another first timestep of these; with a mask, and without one."""
+    for n, start in [(8, 1), (8, 3), (4, 3)] if name in ("lcm", "tcd") else [(20, 1), (20, 8), (7, 2), (20, 19)]:
+        steps = make_steps(MODELS[model][0], n, name, start=start)
+        for masked in (False, True):
+            timesteps, theirs = peer_image_to_image(name, model, n, start, masked=masked)
+            loose = name in ("dpmpp_sde", "dpm2_a")  # see `compare`
+            assert [step.t for step in steps] == (pytest.approx(timesteps, abs=2e-3) if loose else timesteps)
+            assert error(our_image_to_image(steps, masked), theirs) <= TOLERANCE, (n, start, masked)
+
+
+@pytest.mark.parametrize("name", ["euler", "heun", "dpm2", "dpmpp_2m", "unipc"])
+def test_a_curve_entered_further_down_equals_diffusers(name):
+    steps = make_steps(SDXL_SCHEDULER, 20, name, "karras", start=8)
+    timesteps, theirs = peer_image_to_image(name, "sdxl", 20, 8, "karras", masked=True)
+    assert [step.t for step in steps] == timesteps
+    assert error(our_image_to_image(steps, masked=True), theirs) <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", [name for name in SAMPLERS if name != "pndm"])
+def test_a_way_entered_further_down_is_the_rest_of_the_way(name):
+    """The same levels, looked at as often. (Not pndm: it does as diffusers.)"""
+    for n, start in [(8, 1), (8, 7), (20, 7)]:
+        whole, rest = (make_steps(SD15_SCHEDULER, n, name, start=k) for k in (0, start))
+        assert [(s.t, s.sigma, s.signal, s.noise) for s in rest] == [
+            (s.t, s.sigma, s.signal, s.noise) for s in whole[-len(rest) :]
+        ]
+        assert len(rest) == len(make_steps(SD15_SCHEDULER, n - start, name))
 
 
 @pytest.mark.parametrize("table,config", [("StableDiffusion", SD15_SCHEDULER), ("StableDiffusionXL", SDXL_SCHEDULER)])
