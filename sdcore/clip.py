@@ -19,8 +19,14 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from sdcore import ops
+from sdcore.errors import ImageError
 
 EPS = 1e-5
+MEAN, DEVIATION = (
+    (0.48145466, 0.4578275, 0.40821073),
+    (0.26862954, 0.26130258, 0.27577711),
+)  # of CLIP's pictures, by channel
+MAX_RATIO = 16  # of a picture's sides: a longer strip would be enlarged to gigabytes before its middle is cut out
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -199,6 +205,46 @@ class CLIPText(nn.Module):
         return TextOutput(states, last, pooled)
 
 
+def bicubic(n: int, m: int) -> Tensor:
+    """The matrix [m, n], fp64, that scales n pixels to m as Pillow does: in whole multiples of 2^-22, as in its arithmetic.
+
+    Scaled down, the curve (Keys 1981, a = -1/2) is as wide as the pixels are many, so that every pixel has its share.
+    """
+    step = n / m
+    width = max(step, 1.0)
+    centres = (torch.arange(m, dtype=torch.float64) + 0.5)[:, None] * step
+    pixels = torch.arange(n, dtype=torch.float64)[None]
+    first, end = ((centres + side * 2 * width + 0.5).floor() for side in (-1, 1))  # what the curve reaches
+    x = ((pixels - centres + 0.5) / width).abs()
+    curve = torch.where(x < 1, (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2)
+    curve = curve.masked_fill((x >= 2) | (pixels < first) | (pixels >= end), 0)
+    return (curve / curve.sum(dim=1, keepdim=True) * 2**22).round() / 2**22
+
+
+def prepare_pixels(pixels: Tensor, side: int) -> Tensor:
+    """Pictures [b, 3, h, w] in 0..1 as vision towers were trained to see them: [b, 3, side, side], normalised, fp32.
+
+    In the order of transformers' CLIPImageProcessor: rounded to 256 levels, the shorter side scaled to `side`, the middle cut
+    out, CLIP's mean and deviation. Worked out on the CPU, for exactness in fp64; the result is where `pixels` are.
+    ImageError where they are no pictures, not from 0 to 1, or more than 16 times as long as wide.
+    """
+    if pixels.ndim != 4 or pixels.shape[1] != 3 or not pixels.numel():
+        raise ImageError(f"pixels: expected [pictures, 3, height, width], found {list(pixels.shape)}")
+    if not 0 <= pixels.min() <= pixels.max() <= 1:
+        raise ImageError("pixels: expected numbers from 0 to 1, found others (or NaN)")
+    h, w = pixels.shape[-2:]
+    if max(h, w) > MAX_RATIO * min(h, w):
+        raise ImageError(f"pixels: {w}x{h} is more than {MAX_RATIO} times as long as wide; cut it first")
+    height, width = side * h // min(h, w), side * w // min(h, w)
+    levels = (pixels.detach().cpu().double() * 255).round()
+    levels = (levels @ bicubic(w, width).T + 0.5).floor().clamp(0, 255)  # whole levels between the two, as in Pillow
+    levels = (bicubic(h, height) @ levels + 0.5).floor().clamp(0, 255)
+    top, left = (height - side) // 2, (width - side) // 2
+    small = levels[:, :, top : top + side, left : left + side].to(pixels.device, torch.float32) / 255
+    mean, deviation = (small.new_tensor(numbers)[:, None, None] for numbers in (MEAN, DEVIATION))
+    return (small - mean) / deviation
+
+
 class VisionEmbeddings(nn.Module):
     """The picture cut in patches, each mapped to a vector, behind one vector that stands for the whole."""
 
@@ -248,3 +294,18 @@ class CLIPVision(nn.Module):
         states = tower.encoder(tower.pre_layrnorm(tower.embeddings(pixels)))
         pooled = tower.post_layernorm(states[-1][:, 0])
         return VisionOutput(states, pooled, self.visual_projection(pooled))
+
+    def see(self, pixels: Tensor) -> VisionOutput:
+        """The same of pictures of any size [b, 3, h, w] in 0..1; see `prepare_pixels`, also for the errors."""
+        small = prepare_pixels(pixels, self.config.image_size)
+        return self(small.to(self.visual_projection.weight))
+
+
+def variation_context(encoder: CLIPVision, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """What an image-variations UNet is told in the place of a text, and its negative: two [b, 1, p].
+
+    Its context is the picture's vector in the space shared with text; the negative is zeros. pixels [b, 3, h, w] in 0..1.
+    Source: the released sd-image-variations-diffusers, an SD 1.4 whose UNet was trained on so.
+    """
+    context = encoder.see(pixels).embedding[:, None]
+    return context, torch.zeros_like(context)
