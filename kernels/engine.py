@@ -33,6 +33,7 @@ from sdcore import lora, ops
 from sdcore.clip import CLIPText, TextOutput
 from sdcore.errors import ConfigError
 from sdcore.guidance import Denoiser
+from sdcore.network import Network, Scene
 from sdcore.pipeline import Conditions, Pipeline, Run, check_finite
 from sdcore.samplers import Step
 from sdcore.unet import KeysValues, UNet
@@ -123,8 +124,7 @@ class Accelerated(Pipeline):
     def steps(self, *args: Any, **options: Any) -> Run:
         """As `Pipeline.steps`."""
         run = super().steps(*args, **options)
-        assert isinstance(run.denoise, Denoiser) and isinstance(run.denoise.network, Network)
-        run.denoise.network.pictures = len(run.start)
+        assert isinstance(run.denoise, Denoiser) and isinstance(run.denoise.network, FastNetwork)
         if self.device.type != "cuda":
             return run
         from sdcore.kernels.loop import CapturedRun, fits
@@ -150,12 +150,8 @@ class Accelerated(Pipeline):
         out = self.mirror(encoder).captured("forward", ids=ids)(ids=ids)
         return TextOutput([state.clone() for state in out.states], out.last.clone(), out.pooled.clone())
 
-    def _network(
-        self, conditions: Conditions | Sequence[Conditions], sizes: Sequence[int], way: Sequence[Step]
-    ) -> "Network":
-        told = [conditions] * len(way) if isinstance(conditions, Conditions) else list(conditions)
-        time_ids = None if told[0].pooled is None else self._time_ids(sizes, told[0].pooled)
-        return Network(self.mirror(self.unet), told, time_ids, way, self.deep_every)
+    def _network(self, told: Sequence[Conditions], way: Sequence[Step], scene: Scene, pictures: int) -> "FastNetwork":
+        return FastNetwork(self, told, way, scene, pictures)
 
 
 class State(NamedTuple):
@@ -209,78 +205,77 @@ class Mirror:
         return Loops(lambda *args: self.call("step", *args), self.graphs)
 
 
-class Network:
-    """The UNet told of everything but the latent: `network(x, step)`, as `guidance.denoiser` asks for it.
+class FastNetwork(Network):
+    """`network.Network` that draws with mirrors, works out the times of all steps at once, and hands the latents in once for all
+    branches of guidance.
 
-    `keys_values` and `shifts` are worked out when it is made, for all steps, and anew only where adapters change on the way.
     `constant`: one text and one strength for all steps.
     """
 
     def __init__(
-        self,
-        mirror: Mirror,
-        conditions: list[Conditions],
-        time_ids: Tensor | None,
-        way: Sequence[Step],
-        deep_every: int = 1,
+        self, pipe: "Accelerated", told: Sequence[Conditions], way: Sequence[Step], scene: Scene, pictures: int
     ):
-        model, twin = mirror.model, mirror.twin
-        assert isinstance(model, UNet) and isinstance(twin, UNet)
-        self.deep = DeepCache(twin, deep_every) if deep_every > 1 else None
-        self.mirror, self.model, self.conditions, self.time_ids, self.way = mirror, model, conditions, time_ids, way
-        self.dtype, self.device = weight_of(model.conv_in).dtype, weight_of(model.conv_in).device
-        self.pictures = 0  # how many are drawn; 0 where not known: then nothing is shared between the branches
-        self.keys_values: dict[int, list[KeysValues]] = {}  # step -> for every attention to the text, two [r, k, d]
-        self.shifts: dict[int, list[Tensor]] = {}  # step -> for every residual block [r, c, 1, 1], or [1, c, 1, 1]
-        n = len(way)
-        strengths_change = any([lora.at_step(model, i / n) for i in range(1, n)])
-        lora.at_step(model, 0.0)
-        self.constant = not strengths_change and all(told is conditions[0] for told in conditions)
-        self.work_out(range(n))
+        nets = [pipe.unet, *(control.net for control in scene.controls)]
+        self.mirrors = {id(net): pipe.mirror(net) for net in nets}
+        self.mirror = self.mirrors[id(pipe.unet)]
+        if pipe.deep_every > 1 and (scene.controls or scene.beside is not None):
+            raise ConfigError("deep_every: keeps what controls and masks act on; draw this with deep_every=1")
+        twin = self.mirror.twin
+        assert isinstance(twin, UNet)
+        self.deep = DeepCache(twin, pipe.deep_every) if pipe.deep_every > 1 else None
+        self.times: dict[
+            tuple[int, int], list[Tensor]
+        ] = {}  # (id of a network, step) -> [r or 1, c, 1, 1] a residual block
+        strengths_change = any([lora.at_step(pipe.unet, i / len(way)) for i in range(1, len(way))])
+        self.constant = not strengths_change and all(one is told[0] for one in told)
+        super().__init__(pipe.unet, told, way, scene, pictures)
+
+    def run(self, module: nn.Module, name: str, *args: Any) -> Any:
+        return self.mirrors[id(module)].call(name, *args)
 
     @torch.no_grad()
     def work_out(self, steps: Sequence[int]) -> None:
-        """Keys and values, once for each of the different conditions of these steps; shifts, in one batch for each."""
+        """Keys and values, once for each of the different conditions of these steps; times, in one batch for each."""
         self.mirror.refresh()
         self.state = self.mirror.state
+        super().work_out(steps)
         groups: dict[int, list[int]] = {}
         for i in steps:
-            groups.setdefault(id(self.conditions[i]), []).append(i)
-        for indices in groups.values():
-            told = self.conditions[indices[0]]
-            kv = self.mirror.call("keys_values", told.context.to(self.dtype))
-            t = torch.tensor([self.way[i].t for i in indices], dtype=torch.float32, device=self.device)
-            shifts = self._shifts(t, told.pooled)
-            for i, own in zip(indices, shifts, strict=True):
-                self.keys_values[i], self.shifts[i] = kv, own
+            groups.setdefault(id(self.told[i]), []).append(i)
+        for net in (self.unet, *self.nets):
+            for indices in groups.values():
+                t = torch.tensor([self.way[i].t for i in indices], device=self.told[0].context.device)
+                for i, own in zip(indices, self._shifts(net, t, self.told[indices[0]].pooled), strict=True):
+                    self.times[id(net), i] = own
 
     def follow(self, i: int) -> bool:
         """Set the strengths of step i. True where adapters have changed since, here or by the user: then what was worked out
         for this and later steps is worked out anew, and graphs captured before are gone."""
-        lora.at_step(self.model, i / len(self.way))
-        if self.state is self.mirror.state and self.state.version == lora.version(self.model):
+        lora.at_step(self.unet, i / len(self.way))
+        if self.state is self.mirror.state and self.state.version == lora.version(self.unet):
             return False
         self.work_out(range(i, len(self.way)))
         return True
 
-    def _shifts(self, t: Tensor, pooled: Tensor | None) -> list[list[Tensor]]:
-        """What the residual blocks hear at times [n]: n lists of one tensor a block."""
-        added = None
-        if pooled is not None and self.time_ids is not None:  # XL hears of the text and the sizes too: r rows a step
-            n, r = len(t), len(pooled)
-            t, added = t.repeat_interleave(r), (pooled.repeat(n, 1), self.time_ids.expand(n * r, -1))
-        blocks = self.model.time_shifts(self.model.embed_time(t, added))
-        return [list(step) for step in zip(*(block.split(1 if added is None else r) for block in blocks), strict=True)]
+    def _shifts(self, net: Any, t: Tensor, pooled: Tensor | None) -> list[list[Tensor]]:
+        """What the residual blocks of a network hear at times [n]: n lists of one tensor a block."""
+        added, rows = None, 1
+        if (
+            pooled is not None and self.scene.time_ids is not None
+        ):  # XL hears of the text and the sizes too: r rows a step
+            n, rows = len(t), len(pooled)
+            t, added = t.repeat_interleave(rows), (pooled.repeat(n, 1), self.scene.time_ids.repeat(n, 1))
+        blocks = net.time_shifts(net.embed_time(t, added, self.labels.get(id(net))))
+        return [list(step) for step in zip(*(block.split(rows) for block in blocks), strict=True)]
 
-    def __call__(self, x: Tensor, step: Step) -> Tensor:
-        """x [n, c, h, w] -> prediction [n, c, h, w], where n is r, or fewer for the last rows of the conditions."""
-        self.follow(step.i)
-        n = len(x)
-        # Every branch sees the same latents: they go in once.
-        x = x[: self.pictures or n].to(self.dtype).contiguous(memory_format=torch.channels_last)
-        kv = [(k[-n:], v[-n:]) for k, v in self.keys_values[step.i]]
-        shifts = [shift[-n:] for shift in self.shifts[step.i]]
+    def shifts(self, net: Any, step: Step, n: int) -> list[Tensor]:
+        return [shift[-n:] for shift in self.times[id(net), step.i]]
+
+    def entry(self, x: Tensor) -> Tensor:
+        return x[: self.pictures].to(self.dtype).contiguous(memory_format=torch.channels_last)
+
+    def predict(self, x: Tensor, shifts: list[Tensor], kv: list[KeysValues], residuals, features, step: Step) -> Tensor:
         if self.deep is None:
-            return self.mirror.call("step", x, shifts, kv)
+            return super().predict(x, shifts, kv, residuals, features, step)
         with ops.using(**self.mirror.operations):
             return self.deep.step(x, shifts, kv, step.i)

@@ -108,7 +108,9 @@ def advance(
 def fits(run: Run) -> bool:
     """Whether a run can be drawn here: one text for all steps, no composing, no rescaling, no strength by step, no DeepCache."""
     guide: Any = run.denoise
-    return guide.shares is None and not guide.rescale and guide.network.constant and guide.network.deep is None
+    network = guide.network
+    plain = guide.plain and run.edit is None
+    return plain and network.constant and network.deep is None and network.scene.bare
 
 
 @dataclass
@@ -121,9 +123,8 @@ class Loops:
     def whole(self, run: Run) -> Tensor:
         """The finished latent of a run [b, c, h, w]."""
         guided, noisy, numbers = kind(run)
-        shifts = [
-            torch.stack(block) for block in zip(*tensors_of(run, "shifts"), strict=True)
-        ]  # a block: [n, r, c, 1, 1]
+        heard = [times(run, step) for step in run.steps]
+        shifts = [torch.stack(block) for block in zip(*heard, strict=True)]  # a block: [n, r, c, 1, 1]
         first = torch.tensor(run.steps[0].input_scale, device=run.start.device)
         given = {
             "x": run.start,
@@ -161,7 +162,7 @@ class Loops:
                 "entry": state.entry,
                 "history": state.history,
                 "row": numbers[i],
-                "shifts": network.shifts[i],
+                "shifts": times(run, step),
                 "kv": kv,
             }
             given |= {"noise": next(drawn)} if noisy[i] else {}
@@ -223,14 +224,16 @@ def noises(run: Run) -> Tensor:
 
 def texts(run: Run, i: int = 0) -> list[Tensor]:
     """Keys and values in turn, as step i reads them."""
-    return [t for pair in network_of(run).keys_values[i] for t in pair]
+    network = network_of(run)
+    return [t for pair in network.heard(network.unet, run.steps[i], network.rows) for t in pair]
 
 
-def tensors_of(run: Run, name: str) -> list:
-    """What the network worked out beforehand, step by step."""
-    return [getattr(network_of(run), name)[i] for i in range(len(run.steps))]
+def times(run: Run, step: Step) -> list[Tensor]:
+    """What the residual blocks hear of the time in a step."""
+    network = network_of(run)
+    return network.shifts(network.unet, step, network.rows)
 
 
 def network_of(run: Run) -> Any:
-    """The `engine.Network` of a run."""
+    """The `engine.FastNetwork` of a run."""
     return run.denoise.network  # type: ignore[attr-defined]

@@ -15,18 +15,21 @@ Legend: b pictures, r rows of conditions, n rows of this call, c channels, h w l
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sdcore import lora
-from sdcore.controlnet import Control, ControlNet
-from sdcore.ip_adapter import ImagePrompt
+from sdcore.controlnet import Control, ControlNet, ControlNetUnion
+from sdcore.errors import ConfigError
 from sdcore.samplers import Step
 from sdcore.unet import KeysValues, UNet
 from sdcore.voices import Conditions
+
+if TYPE_CHECKING:
+    from sdcore.ip_adapter import ImagePrompt
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ class Scene:
     beside: Tensor | None = None  # further channels of the UNet's input [1 or r, c', h, w]
     labels: Tensor | None = None  # the upscaler: noise level of the small picture, int64 [1]
     controls: Sequence[Control] = ()
-    image_prompts: Sequence[ImagePrompt] = ()
+    image_prompts: Sequence["ImagePrompt"] = ()
 
     @property
     def bare(self) -> bool:
@@ -65,12 +68,14 @@ class Network:
     ):
         self.unet, self.told, self.way, self.scene, self.pictures, self.place = unet, told, way, scene, pictures, place
         self.dtype = next(unet.parameters()).dtype
-        self.nets = [control.net for control in scene.controls if isinstance(control.net, ControlNet)]
+        self.acts = together(scene.controls)
+        self.nets = [act[0].net for act in self.acts if isinstance(act[0].net, ControlNet)]
+        self.labels = {id(unet): scene.labels}  # what a network hears beside the time
         place(unet, *(control.net for control in scene.controls))
         lora.at_step(unet, 0.0)
         with torch.no_grad():
-            self.shown = [self.show(control) for control in scene.controls]
-            self.seen = [prompt.keys_values(len(told[0].context), pictures) for prompt in scene.image_prompts]
+            self.shown = [self.show(act) for act in self.acts]
+            self.seen = [prompt.keys_values(self.rows, pictures) for prompt in scene.image_prompts]
         self.keys_values: dict[tuple[int, int], list[KeysValues]] = {}  # of (network, conditions), by their id
         self.work_out(range(len(way)))
 
@@ -80,12 +85,25 @@ class Network:
 
     # ------------------------------------------------------------------------------------------------ once a picture
 
-    def show(self, control: Control) -> Any:
-        """What a control's network makes of its picture: the hint of a ControlNet, the features of a T2I-Adapter."""
-        pixels = control.image.to(next(control.net.parameters()))
-        if isinstance(control.net, ControlNet):
-            return self.run(control.net, "embed_hint", pixels)
-        return [feature * control.scale for feature in self.run(control.net, "forward", pixels)]
+    def show(self, act: Sequence[Control]) -> Any:
+        """What a network makes of its pictures: the hint of a ControlNet, the features of a T2I-Adapter."""
+        net = act[0].net
+        pixels = [control.image.to(next(net.parameters())) for control in act]
+        if isinstance(net, ControlNetUnion):
+            self.labels[id(net)] = net.shown(act).to(pixels[0].device)
+            scales = [control.scale if len(act) > 1 else 1.0 for control in act]
+            hints = [
+                self.run(net, "embed_hint", x, c.kind, scale) for x, c, scale in zip(pixels, act, scales, strict=True)
+            ]
+            return sum(hints[1:], hints[0])
+        if isinstance(net, ControlNet):
+            return self.run(net, "embed_hint", *pixels)
+        return [feature * act[0].scale for feature in self.run(net, "forward", *pixels)]
+
+    @property
+    def rows(self) -> int:
+        """r, how many rows of conditions there are."""
+        return len(self.told[0].context)
 
     @torch.no_grad()
     def work_out(self, steps: Sequence[int]) -> None:
@@ -95,19 +113,29 @@ class Network:
                 self.keys_values[id(net), id(told)] = self.run(net, "keys_values", told.context.to(self.dtype))
             if self.seen:
                 own = self.keys_values[id(self.unet), id(told)]
-                self.keys_values[id(self.unet), id(told)] = [sum(both, ()) for both in zip(own, *self.seen, strict=True)]
+                self.keys_values[id(self.unet), id(told)] = [
+                    sum(both, ()) for both in zip(own, *self.seen, strict=True)
+                ]
 
     # ------------------------------------------------------------------------------------------------ every step
 
+    def follow(self, i: int) -> bool:
+        """Set the adapters' strengths of step i; True where they changed, and what hangs on them was worked out anew."""
+        changed = lora.at_step(self.unet, i / len(self.way))
+        if changed:
+            self.work_out(range(i, len(self.way)))
+        return changed
+
     def __call__(self, x: Tensor, step: Step) -> Tensor:
-        self.place(self.unet, *(control.net for control in self.scene.controls))  # a preview may have taken their place
-        if lora.at_step(self.unet, step.i / len(self.way)):
-            self.work_out(range(step.i, len(self.way)))
+        self.place(self.unet, *(act[0].net for act in self.acts))  # a preview may have taken their place
+        self.follow(step.i)
         n, x = len(x), self.entry(x)
         residuals, features = self.controlled(x, step, n)
         if self.scene.beside is not None:
             x = torch.cat([expand(x, n), expand(self.scene.beside.to(x), n)], dim=1)
-        return self.predict(x, self.shifts(self.unet, step, n), self.heard(self.unet, step, n), residuals, features, step)
+        return self.predict(
+            x, self.shifts(self.unet, step, n), self.heard(self.unet, step, n), residuals, features, step
+        )
 
     def entry(self, x: Tensor) -> Tensor:
         """What the networks take in [n, c, h, w]; [b, c, h, w] where they may share what is equal in all branches."""
@@ -122,34 +150,55 @@ class Network:
 
     def shifts(self, net: Any, step: Step, n: int) -> list[Tensor]:
         """What the residual blocks of a network hear of the time in the last n rows."""
-        told, scene = self.told[step.i], self.scene
+        told, time_ids = self.told[step.i], self.scene.time_ids
         t = torch.full((n,), step.t, dtype=torch.float32, device=told.context.device)
-        added = None if told.pooled is None or scene.time_ids is None else (told.pooled[-n:], scene.time_ids[-n:])
-        return net.time_shifts(net.embed_time(t, added, scene.labels))
+        added = None if told.pooled is None or time_ids is None else (told.pooled[-n:], time_ids[-n:])
+        return net.time_shifts(net.embed_time(t, added, self.labels.get(id(net))))
 
     def controlled(self, x: Tensor, step: Step, n: int) -> tuple[list[Tensor] | None, list[Tensor] | None]:
         """Residuals and features of the controls that are at work in this step, each summed; None where there are none."""
         residuals: list[Tensor] | None = None
         features: list[Tensor] | None = None
-        for control, shown in zip(self.scene.controls, self.shown, strict=True):
-            if not control.active(step.i, len(self.way)):
+        for act, shown in zip(self.acts, self.shown, strict=True):
+            if not act[0].active(step.i, len(self.way)):
                 continue
-            if isinstance(control.net, ControlNet):
-                residuals = total(residuals, self.residuals(control, shown, x, step, n))
+            if isinstance(act[0].net, ControlNet):
+                residuals = total(residuals, self.residuals(act, shown, x, step, n))
             else:
                 features = total(features, [expand(feature, len(x)) for feature in shown])
         return residuals, features
 
-    def residuals(self, control: Control, hint: Tensor, x: Tensor, step: Step, n: int) -> list[Tensor]:
+    def residuals(self, act: Sequence[Control], hint: Tensor, x: Tensor, step: Step, n: int) -> list[Tensor]:
         """What one ControlNet adds to the UNet's kept results. Guessing, it hears the positive texts alone."""
-        net, silent = control.net, self.pictures if control.guesses and n > self.pictures else 0
+        control, net = act[0], act[0].net
+        silent = self.pictures if control.guesses and n > self.pictures else 0
         rows = n - silent
         x = x if len(x) < n else x[-rows:]
         kv, shifts = self.heard(net, step, rows), self.shifts(net, step, rows)
-        made = control.weigh(self.run(net, "step", x, shifts, kv, expand(hint, len(x))))
+        made = self.run(net, "step", x, shifts, kv, expand(hint, len(x)))
+        made = control.weigh(made, 1.0 if len(act) > 1 else None)  # several maps: weighed in the hints
         if control.mask is not None:
             made = [r * F.interpolate(control.mask.to(r), size=r.shape[-2:], mode="area") for r in made]
         return [torch.cat([r.new_zeros(silent, *r.shape[1:]), r]) for r in made] if silent else made
+
+
+def together(controls: Sequence[Control]) -> list[list[Control]]:
+    """Controls by who looks at them: a Union's maps together, since it runs once for all; any other one alone."""
+    acts: list[list[Control]] = []
+    for control in controls:
+        mates = [act for act in acts if act[0].net is control.net and isinstance(control.net, ControlNetUnion)]
+        if not mates:
+            acts.append([control])
+            continue
+        first = mates[0][0]
+        if (first.start, first.end, first.guess) != (
+            control.start,
+            control.end,
+            control.guess,
+        ) or control.mask is not None:
+            raise ConfigError("control: the maps that one Union is shown act over the same steps, and without a mask")
+        mates[0].append(control)
+    return acts
 
 
 def expand(x: Tensor, n: int) -> Tensor:

@@ -18,28 +18,34 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from sdcore import embeddings, lora
+from sdcore import embeddings, lora, tasks
 from sdcore import prompt as grammar
 from sdcore.clip import CLIPText, TextOutput
+from sdcore.controlnet import Control
 from sdcore.embeddings import Embedding
 from sdcore.errors import ConfigError, NonFiniteError, PromptError
-from sdcore.guidance import denoiser
-from sdcore.samplers import Noise, Step, initial, make_steps, sample
+from sdcore.guidance import Guidance, denoiser
+from sdcore.network import Network, Scene
+from sdcore.samplers import Noise, Step, sample
 from sdcore.scheduler import SchedulerConfig
 from sdcore.tokenizer import Tokenizer
 from sdcore.unet import UNet
 from sdcore.vae import VAE
 from sdcore.voices import Conditions, Reader, Region, Texts, Voice, how_many, zeroed
 
+if TYPE_CHECKING:
+    from sdcore.ip_adapter import ImagePrompt
+
 log = logging.getLogger("sdcore")
 
 MAX_SIDE = 8192  # pixels; a larger side is a slip of the finger, and would ask for memory by the terabyte
+AESTHETIC, NOT_AESTHETIC = 6.0, 2.5  # scores that the XL refiner hears of what it shall show, and shall not
 MAX_FORMS = 128  # different texts that a prompt may turn into over the steps: keys and values of each are kept
 
 
@@ -62,9 +68,11 @@ class Run:
     noise: Noise  # for samplers that add more on the way
     seeds: list[int] | None
     notices: list[str]
+    decode: Callable[[Tensor], Tensor]  # the finished latent -> its pixels, with what was to stay back in its place
+    edit: Callable[[Tensor, Step | None], Tensor] | None = None  # what keeps that while drawing; see `samplers.sample`
 
     def __iter__(self) -> Iterator[Progress]:
-        walk = sample(self.denoise, self.start, self.steps, noise=self.noise)
+        walk = sample(self.denoise, self.start, self.steps, noise=self.noise, edit=self.edit)
         for _ in self.steps:
             with torch.no_grad():  # closed before the yield: the caller's own gradients are not touched
                 step, x, x0 = next(walk)
@@ -133,7 +141,7 @@ class Pipeline:
             raise ConfigError(f"output: expected 'image' or 'latent', found {output!r}")
         run = self.steps(prompt, negative, **options)
         latents = run.finish()
-        return Result(latents, self.decode(latents) if output == "image" else None, run.seeds, run.notices)
+        return Result(latents, run.decode(latents) if output == "image" else None, run.seeds, run.notices)
 
     def steps(
         self,
@@ -141,16 +149,26 @@ class Pipeline:
         negative: str | Sequence[str] | Conditions = "",
         *,
         steps: int = 30,
-        guidance: float = 7.5,
+        guidance: float | Guidance = 7.5,
         sampler: str | None = None,
         schedule: str | None = None,
         seed: int | Sequence[int] = 0,
         count: int = 1,
         size: tuple[int, int] | None = None,
         noise: Tensor | None = None,
+        image: Any = None,
+        strength: Any = None,
+        mask: Any = None,
+        feather: int = 0,
+        depth: Any = None,
+        noise_level: int = 20,
+        span: tuple[float, float] = (0.0, 1.0),
+        control: Sequence[Control] = (),
+        image_prompts: Sequence["ImagePrompt"] = (),
         guidance_rescale: float = 0.0,
         guidance_interval: tuple[float, float] = (0.0, math.inf),
-        sizes: Sequence[int] | None = None,
+        sizes: Sequence[float] | None = None,
+        negative_sizes: Sequence[float] | None = None,
         prompt2: str | Sequence[str] | None = None,
         negative2: str | Sequence[str] | None = None,
         emphasis: str = "a1111",
@@ -162,13 +180,23 @@ class Pipeline:
 
         prompt, negative   one text, or one a picture; or what `encode` made of texts
         steps, sampler, schedule, sampler_options   see `samplers.make_steps`; None is the model's own choice
-        guidance           7.5 follows the prompt closely, 1 and less ignores `negative` and is twice as fast
+        guidance           7.5 follows the prompt closely, 1 and less ignores `negative` and is twice as fast; or a `Guidance`
         seed               one number (picture i gets seed + i) or one a picture; a picture depends on its own alone
         count              pictures of every prompt
-        size               (W, H) in pixels, multiples of 8; None is the size the model was trained at
+        size               (W, H) in pixels, multiples of 8; None is that of `image`, else the size the model was trained at
         noise              standard normal noise [b, c, h, w] to start from, in place of that of the seeds
-        guidance_rescale, guidance_interval   see `guidance.denoiser`
-        sizes              XL: (original H, W, crop top, left, target H, W); None is (H, W, 0, 0, H, W)
+        image              a picture to start from, or what the model looks at: an `image.Picture`, pixels [m, 3, H, W] in -1..1,
+                           or latents; m is 1 or a picture each (see sdcore/tasks.py for this and the next five)
+        strength           share of the way that is walked from it, 0 to 1; or that by place, [m, 1, H, W]
+        mask, feather      what of it to paint (1, white) and what stays, [m, 1, H, W]; pixels inside the mask to pass over
+        depth              how near things are [m, 1, H, W], for models that look at it
+        noise_level        the upscaler: how much noise to put on the small picture, 0 to 350
+        span               part of the way (begin, end) that is walked here; another model walks the rest
+        control            ControlNets and T2I-Adapters, each with its picture, scale and part of the way
+        image_prompts      pictures that act like words, through IP-Adapters
+        guidance_rescale, guidance_interval   as in `Guidance`, where that is not given
+        sizes, negative_sizes   XL: (original H, W, crop top, left, target H, W); None is (H, W, 0, 0, H, W). The refiner:
+                           (original H, W, crop top, left, aesthetic score); None is a score of 6, negative 2.5
         prompt2, negative2   XL: what the second text encoder reads; None is the same as the first
         emphasis           how weights in the prompt act: a1111, no-norm, comfyui, compel; none takes brackets, AND and BREAK
                            literally and cuts off what does not fit a row of tokens, as diffusers does
@@ -179,47 +207,51 @@ class Pipeline:
 
         Raises at the call, before the first step, PromptError and ConfigError; in the loop NonFiniteError.
         """
-        if self.unet.config.in_channels != self.unet.config.out_channels:
-            raise ConfigError(
-                f"this {self.family} model draws from a picture, not from a prompt alone: its UNet takes "
-                f"{self.unet.config.in_channels} channels where text to image has {self.unet.config.out_channels}"
-            )
         pictures = how_many(prompt, "prompt", count)
-        if not isinstance(guidance, (int, float)) or not math.isfinite(guidance):
-            raise ConfigError(f"guidance: expected a finite number such as 7.5, found {guidance!r}")
+        guide = guidance if isinstance(guidance, Guidance) else Guidance(guidance, guidance_rescale, guidance_interval)
         if emphasis not in grammar.EMPHASIS:
             raise ConfigError(f"emphasis: expected one of {', '.join(grammar.EMPHASIS)}, found {emphasis!r:.80}")
-        way = make_steps(self.scheduler, steps, sampler, schedule, **sampler_options)
-        W, H = self._size(size)
+        given = tasks.canvas(self, pictures, size, image, mask, depth, strength, feather)
+        guide = tasks.guide_of(given, guide)
+        way = tasks.walk(self, given, steps, sampler, schedule, span, sampler_options)
+        guide.check(way)
         seeds = None if noise is not None else _seeds(seed, pictures)
-        h, w = H // self.vae.config.factor, W // self.vae.config.factor
-        shape = (self.unet.config.in_channels, h, w)
         draw = Noise(seeds or _seeds(seed, pictures))
-        if noise is None:
-            noise = draw.draw(*shape)
-        elif noise.shape != (pictures, *shape):
-            raise ConfigError(f"noise: expected [{pictures}, {', '.join(map(str, shape))}], found {list(noise.shape)}")
-        x = initial(noise.to(self.device, torch.float32), way)
+        begin = tasks.begin(self, given, way, draw, noise, noise_level, begun=span[0] > 0)
 
         reader = Reader(self, pictures, min(steps, len(way)), emphasis)
         voices = reader.positive(prompt, prompt2, count)
         if regions:
-            voices = reader.placed(voices, regions, (h, w))
+            voices = reader.placed(voices, regions, (begin.x.shape[-2], begin.x.shape[-1]))
         composed = len(voices) > 1
         self._take(reader.loras)
-        told = [*reader.negative(negative, negative2, count), *voices] if guidance > 1 or composed else voices
+        refused = reader.negative(negative, negative2, count) * max(guide.before, int(composed))
         notices: list[str] = []
-        conditions = self._tell(told, len(way), emphasis, clip_skip, notices)
+        told = self._tell([*refused, *voices], len(way), emphasis, clip_skip, notices)
         for notice in notices:
             log.warning(notice)
+        scene = Scene(
+            self._time_ids(given.asked, sizes, negative_sizes, told[0].pooled, pictures * len(refused)),
+            begin.beside,
+            begin.labels,
+            tasks.controls(self, given, pictures, control),
+            tuple(image_prompts),
+        )
         denoise = denoiser(
-            self._network(conditions, sizes or (H, W, 0, 0, H, W), way),
-            guidance=guidance,
-            rescale=guidance_rescale,
-            interval=guidance_interval,
+            self._network(told, way, scene, pictures),
+            guidance=guide,
             shares=[voice.share for voice in voices] if composed else None,
         )
-        return Run(way, x, denoise, draw, seeds, notices)
+        return Run(
+            way,
+            begin.x,
+            denoise,
+            draw,
+            seeds,
+            notices,
+            lambda latents: tasks.finish(given, self.decode(latents)),
+            begin.edit,
+        )
 
     # ------------------------------------------------------------------------------------------------ the stages
 
@@ -244,8 +276,24 @@ class Pipeline:
                 "prompt: with AND, schedules or <lora:...> it is more than one text to encode; draw with it instead"
             )
         conditions = self._tell(voices, 1, emphasis, clip_skip, [] if notices is None else notices)
-        assert isinstance(conditions, Conditions)
-        return conditions
+        return conditions[0]
+
+    @torch.no_grad()
+    def encode_image(self, pixels: Tensor, draw: Noise | None = None) -> Tensor:
+        """Pixels [b, 3, H, W] in -1..1 -> latents [b, z, h, w] fp32, multiplied by the scaling factor.
+
+        A draw from what the encoder says of each picture, or the middle of it where there is no `draw` to take noise from.
+        """
+        self._place(self.vae)
+        dtype = next(self.vae.parameters()).dtype
+        moments = [self.vae.encode(one.to(self.device, dtype)) for one in pixels.split(1)]
+        mean = torch.cat([m.mean for m in moments])
+        z = mean
+        if draw is not None:
+            noise = draw.draw(*mean.shape[1:]).to(mean)
+            z = torch.cat([m.sample(one) for m, one in zip(moments, noise.split(1), strict=True)])
+        check_finite(z, f"the encoder, running in {_short(dtype)}")
+        return z.float() * self.vae.config.scaling_factor
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -262,10 +310,10 @@ class Pipeline:
     @torch.no_grad()
     def _tell(
         self, voices: Sequence[Voice], steps: int, emphasis: str, clip_skip: int, notices: list[str]
-    ) -> "Conditions | list[Conditions]":
-        """What the UNet is told: all voices in one batch, one after the other; where that changes, a list with one a step.
+    ) -> list[Conditions]:
+        """What the UNet is told in every step: all voices in one batch, one after the other.
 
-        Every text is encoded once, and all in the same number of rows.
+        Every text is encoded once, and all in the same number of rows; steps that are told the same share one object.
         """
         forms = [
             tuple(voice.texts[i * len(voice.texts) // steps] for voice in voices if voice.texts) for i in range(steps)
@@ -290,7 +338,7 @@ class Pipeline:
             told[form] = reduce(
                 Conditions.then, [zeroed(c, voice.zeros) for c, voice in zip(said, voices, strict=True)]
             )
-        return told[forms[0]] if len(told) == 1 else [told[form] for form in forms]
+        return [told[form] for form in forms]
 
     def _lay(self, texts: Texts, emphasis: str, notices: list[str]) -> list[list[list[grammar.Chunk]]]:
         """Texts -> rows of tokens: encoder by encoder, text by text."""
@@ -380,51 +428,37 @@ class Pipeline:
             by_part = {part: tag.unet if part == "unet" else tag.text for part in adapter.parts}
             lora.attach(self, replace(adapter, name=tag.name), 1.0, by_part)
 
-    def _network(
-        self, conditions: Conditions | Sequence[Conditions], sizes: Sequence[int], way: Sequence[Step]
-    ) -> Callable[[Tensor, Step], Tensor]:
-        """Close the UNet over what it is told: keys and values once, here; the time in every step.
+    def _network(self, told: Sequence[Conditions], way: Sequence[Step], scene: Scene, pictures: int) -> Network:
+        """The UNet told of everything but the latent."""
+        return Network(self.unet, told, way, scene, pictures, self._place)
 
-        With a list, one a step, keys and values are worked out once for each of the different ones. They are worked out anew
-        where an adapter's strength changes by step.
-        """
-        unet, dtype = self.unet, next(self.unet.parameters()).dtype
-        different = {id(one): one for one in ([conditions] if isinstance(conditions, Conditions) else conditions)}
-        pooled = next(iter(different.values())).pooled
-        time_ids = None if pooled is None else self._time_ids(sizes, pooled)
-
-        @torch.no_grad()
-        def keys_values() -> dict[int, list[tuple[Tensor, Tensor]]]:
-            return {key: unet.keys_values(one.context.to(dtype)) for key, one in different.items()}
-
-        self._place(unet)
-        lora.at_step(unet, 0.0)
-        kv = keys_values()
-
-        def network(x: Tensor, step: Step) -> Tensor:
-            nonlocal kv
-            self._place(unet)  # a preview may have taken its place since the last step
-            if lora.at_step(unet, step.i / len(way)):
-                kv = keys_values()
-            now = conditions if isinstance(conditions, Conditions) else conditions[step.i]
-            n = len(x)  # both halves, or only the positive one: it is the last
-            t = torch.full((n,), step.t, dtype=torch.float32, device=x.device)
-            added = None if now.pooled is None or time_ids is None else (now.pooled[-n:], time_ids.expand(n, -1))
-            shifts = unet.time_shifts(unet.embed_time(t, added))
-            return unet.step(x.to(dtype), shifts, [(k[-n:], v[-n:]) for k, v in kv[id(now)]])
-
-        return network
-
-    def _time_ids(self, sizes: Sequence[int], pooled: Tensor) -> Tensor:
-        """The numbers that an XL model hears of the picture's size [1, 6]."""
+    def _time_ids(
+        self,
+        asked: tuple[int, int],
+        sizes: Sequence[float] | None,
+        negative_sizes: Sequence[float] | None,
+        pooled: Tensor | None,
+        negatives: int,
+    ) -> Tensor | None:
+        """The numbers that an XL model hears of the picture's size [r, 6], those of the `negatives` negative rows first."""
         config = self.unet.config
+        if pooled is None:
+            return None
         expected = (config.added_dim - pooled.shape[-1]) // config.added_time_dim
-        if len(sizes) != expected:
-            raise ConfigError(f"sizes: this {self.family} model hears {expected} numbers, found {len(sizes)}: {sizes}")
-        return torch.tensor([sizes], dtype=torch.float32, device=self.device)
+        W, H = asked
+        usual = (H, W, 0, 0, H, W) if expected == 6 else (H, W, 0, 0, AESTHETIC)
+        positive = tuple(sizes or usual)
+        negative = tuple(negative_sizes or (positive if expected == 6 else (*positive[:-1], NOT_AESTHETIC)))
+        for name, found in (("sizes", positive), ("negative_sizes", negative)):
+            if len(found) != expected:
+                raise ConfigError(
+                    f"{name}: this {self.family} model hears {expected} numbers, found {len(found)}: {found}"
+                )
+        rows = [negative] * negatives + [positive] * (len(pooled) - negatives)
+        return torch.tensor(rows, dtype=torch.float32, device=self.device)
 
-    def _size(self, size: tuple[int, int] | None) -> tuple[int, int]:
-        """(W, H) in pixels, checked."""
+    def full_size(self, size: tuple[int, int] | None) -> tuple[int, int]:
+        """(W, H) in pixels of a picture drawn from nothing, checked; None is the size that the model was trained at."""
         factor = self.vae.config.factor
         if size is None:
             return (self.unet.config.sample_size * factor,) * 2
@@ -434,22 +468,30 @@ class Pipeline:
             or not all(isinstance(side, int) and not isinstance(side, bool) for side in size)
         ):
             raise ConfigError(f"size: expected two whole numbers (width, height), found {size!r}")
-        for side in size:
-            if side % factor or not factor <= side <= MAX_SIDE:
-                low = min(max(side // factor * factor, factor), MAX_SIDE)
-                near = sorted({low, min(low + factor, MAX_SIDE)})
-                raise ConfigError(
-                    f"size: {size[0]}x{size[1]} has a side of {side}; sides are multiples of {factor} from {factor} to "
-                    f"{MAX_SIDE}, the nearest {' or '.join(map(str, near))}"
-                )
+        self.check_sides((size[0], size[1]), factor)
         return size[0], size[1]
 
-    def _place(self, part: nn.Module) -> None:
-        """With `offload`: bring the part that works next to the device, and all others home to the CPU."""
+    def check_sides(self, size: tuple[int, int], factor: int) -> None:
+        """ConfigError where a side is too long, too short, or no multiple of `factor`."""
+        least = self.vae.config.factor
+        for side in size:
+            if side % factor or not least <= side <= MAX_SIDE:
+                low = min(max(side // factor * factor, least), MAX_SIDE)
+                near = sorted({low, min(low + factor, MAX_SIDE)})
+                raise ConfigError(
+                    f"size: {size[0]}x{size[1]} has a side of {side}; sides are multiples of {factor} from {least} to "
+                    f"{MAX_SIDE}, the nearest {' or '.join(map(str, near))}"
+                )
+
+    def _place(self, *parts: nn.Module) -> None:
+        """With `offload`: bring the parts that work next to the device, and all others home to the CPU."""
         if not self.offload:
             return
         for other in [self.unet, self.vae, *self.text_encoders]:
-            other.to(self.device if other is part else "cpu")
+            if other not in parts:
+                other.to("cpu")
+        for part in parts:
+            part.to(self.device)
 
 
 def check_finite(x: Tensor, stage: str) -> None:
