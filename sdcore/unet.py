@@ -53,6 +53,7 @@ class UNetConfig:
     class_embeddings: int = 0  # the upscaler: how many noise levels of the small picture it knows
     added_time_dim: int = 0  # XL: sinusoid width of each size and crop number
     added_dim: int = 0  # XL: width of the pooled text and all those sinusoids together
+    guidance_dim: int = 0  # latent consistency models: sinusoid width of the guidance scale that they were distilled at
     norm_groups: int = 32
 
     @property
@@ -117,6 +118,19 @@ def sinusoids(x: Tensor, dim: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
+def scale_sinusoids(scale: Tensor, dim: int) -> Tensor:
+    """Guidance scales [n] -> [n, dim] in fp32: sines, then cosines, of 1000 (scale - 1), by frequencies that reach 1/10000.
+
+    Source: LCM (2310.04378), algorithm 1's embedding of omega, which is 0 where there is no guidance; in Kingma et al.'s order.
+    """
+    half = dim // 2
+    frequencies = torch.exp(
+        torch.arange(half, dtype=torch.float32, device=scale.device) * -(math.log(10000) / (half - 1))
+    )
+    angles = ((scale.float() - 1) * 1000)[:, None] * frequencies
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+
 def widen(x: Tensor, like: Tensor) -> Tensor:
     """`x` [b, ...] with the rows of `like` [n b, ...]: all of it, n times over. As it is where `like` has no more rows."""
     return x if len(x) >= len(like) else x.repeat(len(like) // len(x), *[1] * (x.ndim - 1))
@@ -145,11 +159,14 @@ class LayerNorm(nn.LayerNorm):
 class Embedding(nn.Module):
     """Two linear layers that turn sinusoids into something to listen to."""
 
-    def __init__(self, d_in: int, d_out: int):
+    def __init__(self, d_in: int, d_out: int, d_beside: int = 0):
         super().__init__()
         self.linear_1, self.linear_2 = nn.Linear(d_in, d_out), nn.Linear(d_out, d_out)
+        if d_beside:
+            self.cond_proj = nn.Linear(d_beside, d_in, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, beside: Tensor | None = None) -> Tensor:
+        x = x if beside is None else x + self.cond_proj(beside)
         return self.linear_2(F.silu(self.linear_1(x)))
 
 
@@ -388,7 +405,7 @@ class Encoder(nn.Module):
     def __init__(self, config: UNetConfig):
         super().__init__()
         self.config = config
-        self.time_embedding = Embedding(config.channels[0], config.time_dim)
+        self.time_embedding = Embedding(config.channels[0], config.time_dim, config.guidance_dim)
         if config.class_embeddings:
             self.class_embedding = nn.Embedding(config.class_embeddings, config.time_dim)
         if config.added_dim:
@@ -399,14 +416,26 @@ class Encoder(nn.Module):
 
     # What depends on the time but not on the latent. Computed once a picture when the times are known beforehand.
 
-    def embed_time(self, t: Tensor, added: tuple[Tensor, Tensor] | None = None, labels: Tensor | None = None) -> Tensor:
+    def embed_time(
+        self,
+        t: Tensor,
+        added: tuple[Tensor, Tensor] | None = None,
+        labels: Tensor | None = None,
+        scale: Tensor | None = None,
+    ) -> Tensor:
         """Timesteps [b], and what else the residual blocks hear, -> embedding [b, d].
 
         `added`, XL only: the pooled text [b, p] and the sizes and crops [b, 6] (refiner: [b, 5]) in the order of `time_ids`.
-        `labels`, the upscaler only: noise level of the small picture, int64 [b]. ConfigError where one is missing.
+        `labels`, the upscaler only: noise level of the small picture, int64 [b]. `scale`, latent consistency models only: the
+        guidance that they imitate in one answer [b] or [1]. ConfigError where one is missing.
         """
         config, dtype = self.config, self.conv_in.weight.dtype
-        temb = self.time_embedding(sinusoids(t, config.channels[0]).to(dtype))
+        if config.guidance_dim and scale is None:
+            raise ConfigError("this UNet hears the guidance scale: pass scale=, [b]")
+        beside = (
+            scale_sinusoids(scale, config.guidance_dim).to(dtype) if config.guidance_dim and scale is not None else None
+        )
+        temb = self.time_embedding(sinusoids(t, config.channels[0]).to(dtype), beside)
         told = self.embed_labels(labels)
         if told is not None:
             temb = temb + told
@@ -498,10 +527,11 @@ class UNet(Encoder):
         labels: Tensor | None = None,
         residuals: list[Tensor] | None = None,
         features: list[Tensor] | None = None,
+        scale: Tensor | None = None,
     ) -> Tensor:
         """Latent [b, c, h, w], timesteps [b] or one for all, text [b, k, d] -> prediction [b, c, h, w].
 
-        The two once-a-picture halves and the once-a-step half in a row; see `embed_time` for `added` and `labels`.
+        The two once-a-picture halves and the once-a-step half in a row; see `embed_time` for `added`, `labels` and `scale`.
         """
-        temb = self.embed_time(t.expand(len(x)), added, labels)
+        temb = self.embed_time(t.expand(len(x)), added, labels, scale)
         return self.step(x, self.time_shifts(temb), self.keys_values(context), residuals, features)

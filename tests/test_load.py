@@ -492,7 +492,7 @@ BAD_CONFIGS = {
     "up is no mirror": ("unet", {"up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"]}, "up_block_types", "mirror"),
     "another activation": ("unet", {"act_fn": "gelu"}, "act_fn", "'gelu'", "'silu'"),
     "another eps": ("unet", {"norm_eps": 1e-6}, "norm_eps", "1e-06", "1e-05"),
-    "guidance embedding": ("unet", {"time_cond_proj_dim": 256}, "time_cond_proj_dim", "256"),
+    "guidance embedding": ("unet", {"time_cond_proj_dim": -1}, "time_cond_proj_dim", "-1"),
     "unknown key": ("unet", {"frobnicate": 3}, "frobnicate", "3", "unknown"),
     "latents_mean": ("vae", {"latents_mean": [0.1]}, "latents_mean"),
     "NaN": ("vae", {"scaling_factor": float("nan")}, "scaling_factor"),

@@ -37,7 +37,7 @@ UNET_FIXED = {
     "flip_sin_to_cos": True, "freq_shift": 0, "mid_block_only_cross_attention": None, "mid_block_scale_factor": 1,
     "mid_block_type": "UNetMidBlock2DCrossAttn", "norm_eps": 1e-5, "num_attention_heads": None, "resnet_out_scale_factor": 1.0,
     "resnet_skip_time_act": False, "resnet_time_scale_shift": "default", "reverse_transformer_layers_per_block": None,
-    "time_cond_proj_dim": None, "time_embedding_act_fn": None, "time_embedding_dim": None, "time_embedding_type": "positional",
+    "time_embedding_act_fn": None, "time_embedding_dim": None, "time_embedding_type": "positional",
     "timestep_post_act": None,
 }  # fmt: skip
 VAE_FIXED = {
@@ -193,6 +193,7 @@ def unet_config(values: dict, where: str | Path = "config.json") -> UNetConfig:
         class_embeddings=table.whole("num_class_embeds", 0, 0, 10**5),
         added_time_dim=table.whole("addition_time_embed_dim", 0, 0, 8192) if added else 0,
         added_dim=table.whole("projection_class_embeddings_input_dim", 0, 1, MAX_WIDTH) if added else 0,
+        guidance_dim=table.whole("time_cond_proj_dim", 0, 0, 8192),
         norm_groups=table.whole("norm_num_groups", 32, 1, 1024),
     )
     table.close(UNET_FIXED, () if added else ("addition_time_embed_dim", "projection_class_embeddings_input_dim"))
@@ -248,6 +249,8 @@ def unet_table(config: UNetConfig) -> dict:
         "use_linear_projection": config.linear_projection,
         "upcast_attention": config.upcast_attention,
     }
+    if config.guidance_dim:
+        table["time_cond_proj_dim"] = config.guidance_dim
     if config.class_embeddings:
         table["num_class_embeds"] = config.class_embeddings
     if config.added_dim:
