@@ -193,7 +193,8 @@ class IPAdapter(nn.Module):
 
     def __init__(self, config: IPAdapterConfig = IP_SD15):
         super().__init__()
-        self.config, self.image_encoder = config, None
+        self.config = config
+        self.image_encoder: CLIPVision | None = None
         self.places = places(config.unet)
         self.image_proj = PROJECTIONS[config.kind](config)
         by_number = sorted(self.places, key=lambda place: place.number)

@@ -10,15 +10,18 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from sdcore.clip import CLIPText
+from sdcore.clip import CLIPText, CLIPVision
 from sdcore.errors import CheckpointError, NonFiniteError
+from sdcore.ip_adapter import IPAdapter
+from sdcore.taesd import TAESD
 from sdcore.unet import UNet
 from sdcore.vae import VAE
 
 from .files import one_line
 
 Tensors = dict[str, Tensor]
-MODULES = {"unet": UNet, "vae": VAE, "text_encoder": CLIPText, "text_encoder_2": CLIPText}
+MODULES = {"unet": UNet, "vae": VAE, "text_encoder": CLIPText, "text_encoder_2": CLIPText,
+           "image_encoder": CLIPVision, "ip_adapter": IPAdapter, "taesd": TAESD}  # fmt: skip
 
 
 class NonFiniteWeights(CheckpointError, NonFiniteError):

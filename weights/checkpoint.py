@@ -147,7 +147,7 @@ def config_file(folder: Path) -> Path:
 
 def weight_names(part: str, variant: str | None) -> list[str]:
     """What a part's weights may be called, best first: plain before fp16 (unless a variant is named), then safetensors first."""
-    text = part in TEXT_PARTS
+    text = part in (*TEXT_PARTS, "image_encoder")  # those that transformers wrote
     kinds = [
         ("model" if text else "diffusion_pytorch_model", ".safetensors"),
         ("pytorch_model" if text else "diffusion_pytorch_model", ".bin"),
@@ -160,9 +160,9 @@ def weight_names(part: str, variant: str | None) -> list[str]:
     ]
 
 
-def read_weights(folder: Path, variant: str | None) -> Tensors:
-    """The tensors of one part's folder, from one file or from its shards."""
-    wanted = weight_names(folder.name, variant)
+def read_weights(folder: Path, variant: str | None, part: str = "") -> Tensors:
+    """The tensors of one part's folder, from one file or from its shards. The folder's name says which part, or `part` does."""
+    wanted = weight_names(part or folder.name, variant)
     for file in (folder / name for name in wanted):
         if file.exists():
             return read_shards(file) if file.suffix == ".json" else files.read(file).tensors

@@ -3,6 +3,7 @@
 `kind_of` tells complete models from LoRAs, ControlNets and the rest. For a complete model in the original single-file layout,
 `unet_from_shapes` reads the UNet's sizes off its tensors and `family_of` looks for the released family that has them;
 `prediction_of` finds what the network predicts, which shapes do not show. `FAMILIES` is the list of what can be loaded.
+`ip_adapter_from_shapes` and `ip_adapter_family` do the same for IP-Adapters.
 """
 
 import re
@@ -11,8 +12,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from sdcore import clip, scheduler, unet, vae
-from sdcore.errors import CheckpointError
+from sdcore import clip, ip_adapter, scheduler, unet, vae
+from sdcore.errors import AdapterError, CheckpointError
 
 from .files import WeightFile
 from .names import join
@@ -77,10 +78,13 @@ FAMILIES = {
 # The first pattern that any name matches decides, so what can sit inside other files comes first. The second entry says what
 # the file is, the third what to do with it.
 KINDS = [
-    ("ip-adapter", r"^ip_adapter\.|^image_proj\.", "an IP-Adapter", "it goes with a model, not in its place"),
+    ("ip-adapter", r"^ip_adapter\.|^image_proj\.", "an IP-Adapter",
+     "load a model, then load_ip_adapter(this file, pipe, image_encoder=...)"),
     ("lora", r"lora_(down|up|A|B|unet|te\d?)\b|lora_(unet|te\d?)_|[._]lora\.(down|up)\.|lora_linear_layer|hada_w1|lokr_w[12]"
      r"|dora_scale|lora_magnitude_vector|oft_(blocks|diag)|^(lycoris|oft_unet)_|^(unet|text_encoder):\d+:(up|down)$|^\d+$",
      "a LoRA or one of its kin", "load a model and give this file with --lora"),
+    ("peft", r"\.(ia3_l|oft_R|boft_[Rs]|vera_lambda_[bd]|hra_u)(\.|$)", "an IA3, OFT, BOFT or other adapter as PEFT writes it",
+     "of PEFT's adapters LoRA, LoHa and LoKr are read; merge this one into its model with PEFT"),
     ("controlnet", r"^control_model\.|input_hint_block|controlnet_cond_embedding|^lora_controlnet$|lllite_unet|instantx",
      "a ControlNet", "load a model and give this file with --control"),
     ("t2i-adapter", r"^(adapter\.)?body\.\d+\.(in_conv|block1|resnets)", "a T2I-Adapter",
@@ -104,7 +108,8 @@ KINDS = [
      "load a model, then pipe.vae = load_vae(this file)"),
     ("taesd", r"^(encoder|decoder)\.layers\.\d+|^\d+\.(conv|weight)", "a tiny autoencoder (TAESD) or a bare list of layers",
      "not supported"),
-    ("vision", r"(^|\.)vision_model\.(?!.*text)", "a CLIP vision tower or a safety checker", "it is no image model"),
+    ("vision", r"(^|\.)vision_model\.(?!.*text)", "a CLIP vision tower or a safety checker",
+     "a tower goes with an IP-Adapter, as image_encoder="),
     ("text-encoder", r"(^|\.)text_model\.|^encoder\.layers\.|resblocks\.|^embeddings\.token_embedding", "a text encoder alone",
      "put it into a model's text_encoder/ folder and load that folder"),
 ]  # fmt: skip
@@ -290,3 +295,66 @@ def prediction_of(file: WeightFile, unet_tensors: Tensors, config: unet.UNetConf
             "v_prediction" if spread > 0.09 else "epsilon"
         ), f"2.x statistic: spread {spread:.3f} of the last norm's bias (v above 0.09)"
     return "epsilon", "default of the family"
+
+
+# ---------------------------------------------------------------- IP-Adapters
+
+
+def ip_adapter_from_shapes(tensors: Tensors, unet_config: unet.UNetConfig) -> ip_adapter.IPAdapterConfig:
+    """The sizes of an IP-Adapter for a UNet. AdapterError where it is one of the kinds that are not supported, or none."""
+    names = {name.removeprefix("image_proj.") for name in tensors if name.startswith("image_proj.")}
+
+    def at(name: str, axis: int) -> int:
+        shape = tensors[f"image_proj.{name}"].shape if name in names else ()
+        if axis >= len(shape) or not 1 <= shape[axis] <= 2**16:
+            raise AdapterError(
+                f"it is an IP-Adapter whose image_proj.{name} is missing, or has no {axis + 1} axes of 1 to 65536"
+            )
+        return shape[axis]
+
+    face = "perceiver_resampler.proj_in.weight" in names or {"proj.0.weight", "norm.weight"} <= names
+    if face or any(".to_k_lora." in name for name in tensors):
+        raise AdapterError(
+            "it is an IP-Adapter FaceID, which looks at a face recogniser's numbers, not at pictures; that is not supported, "
+            "take a base, Plus or full-face one"
+        )
+    if "proj.weight" in names:
+        tokens = at("proj.weight", 0) // unet_config.context_dim
+        return ip_adapter.IPAdapterConfig("base", at("proj.weight", 1), tokens, unet=unet_config)
+    if "proj.3.weight" in names:
+        return ip_adapter.IPAdapterConfig("full", at("proj.0.weight", 1), 257, unet=unet_config)
+    if "latents" in names:
+        layers = {found[1] for name in names if (found := re.match(r"layers\.(\d{1,3})\.", name))}
+        return ip_adapter.IPAdapterConfig(
+            "plus",
+            embed=at("proj_in.weight", 1),
+            tokens=at("latents", 1),
+            width=at("latents", 2),
+            layers=len(layers),
+            heads=at("layers.0.0.to_q.weight", 0) // ip_adapter.HEAD,
+            unet=unet_config,
+        )
+    raise AdapterError("it is an IP-Adapter of no kind that is known here; expected a base, Plus or full-face one")
+
+
+def ip_adapter_family(tensors: Tensors) -> str | None:
+    """The family whose UNet an IP-Adapter's layers fit; None where there is none."""
+    keys = {name: tuple(t.shape) for name, t in tensors.items() if name.endswith(".to_k_ip.weight")}
+    for family in ("sd1", "sd2-base", "sdxl"):
+        config = FAMILIES[family].unet
+        places = ip_adapter.places(config)
+        if keys == {f"ip_adapter.{p.number}.to_k_ip.weight": (p.width, config.context_dim) for p in places}:
+            return family
+    return None
+
+
+def ip_adapter_title(tensors: Tensors) -> str:
+    """What an IP-Adapter is, for people: its kind, its family, and what it is shown."""
+    family = ip_adapter_family(tensors)
+    try:
+        config = ip_adapter_from_shapes(tensors, FAMILIES[family or "sd1"].unet)
+    except AdapterError as error:
+        return str(error).removeprefix("it is ")
+    made_for = FAMILIES[family].title if family else "a UNet that is not known here"
+    sees = "the whole picture" if config.kind == "base" else "every patch"
+    return f"an IP-Adapter{ip_adapter.KINDS[config.kind]} for {made_for}, which sees {sees} as {config.embed} numbers"

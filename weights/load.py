@@ -3,6 +3,7 @@
     pipe = load("tiny")                                   # the bundled model; or an alias, a hub id
     pipe = load("folder-in-diffusers-layout")
     pipe = load("v1-5-pruned-emaonly.safetensors")        # the original layout, .safetensors or .ckpt
+    vae = load_vae(path); eye = load_image_encoder(path)  # one part alone
 
 The modules are built on the meta device, where parameters have shapes but no memory, and the file's mapped tensors are put in
 their place. So loading costs neither the time nor the memory of a copy until a dtype or device other than the file's is asked
@@ -16,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sdcore.clip import CLIPText
+from sdcore.clip import CLIP_BIGG_VISION, CLIP_H_VISION, CLIP_L_VISION, CLIPText, CLIPVision
 from sdcore.errors import CheckpointError, ConfigError
 from sdcore.pipeline import Pipeline
 from sdcore.scheduler import SchedulerConfig
@@ -133,6 +134,39 @@ def load_vae(path: str | Path, device=None, dtype=None, *, scaling_factor: float
     return vae
 
 
+def load_image_encoder(path: str | Path, device=None, dtype=None) -> CLIPVision:
+    """A CLIP vision tower with its projection, for IP-Adapters and rewards: from a folder with config.json, or a file alone.
+
+    The folder may be that of a complete CLIP (openai/clip-vit-large-patch14), whose text tower is then left out. A file alone
+    has the released sizes of the tower of its width: ViT-L/14, ViT-H/14 or bigG/14. CheckpointError as `load_parts`.
+    """
+    device, dtype = choose(device, dtype)
+    path = Path(path)
+    if path.is_dir():
+        where = path / "config.json"
+        values = ck.configs.read_json(where)
+        config = ck.configs.vision_config(values.get("vision_config") or values, where)
+        found = ck.read_weights(path, None, "image_encoder")
+    else:
+        found = files.read(path).tensors
+        embedding = found.get("vision_model.embeddings.class_embedding")
+        towers = {tower.width: tower for tower in (CLIP_L_VISION, CLIP_H_VISION, CLIP_BIGG_VISION)}
+        if embedding is None or embedding.numel() not in towers:
+            what = detect.kind_of(found).what if embedding is None else f"a vision tower of width {embedding.numel()}"
+            raise CheckpointError(
+                f"{path}: is {what}, expected a CLIP vision tower of width {', '.join(map(str, towers))}"
+            )
+        config = towers[embedding.numel()]
+    kept = {
+        name: tensor
+        for name, tensor in found.items()
+        if not name.startswith(("text_model.", "text_projection.")) and not detect.UNUSED.search(name)
+    }
+    encoder = fill("image_encoder", config, kept, path, device, dtype)
+    assert isinstance(encoder, CLIPVision)
+    return encoder
+
+
 def read_file(path: str | Path) -> dict[str, Tensor]:
     """All tensors of one weight file by name, mapped; for adapters and tools. CheckpointError when it is none."""
     return files.read(path).tensors
@@ -209,4 +243,4 @@ def read_tokenizer(source: ck.Checkpoint, part: str) -> Tokenizer:
     return tokenizer
 
 
-__all__ = ["Parts", "Report", "inspect", "load", "load_parts", "load_vae", "read_file"]
+__all__ = ["Parts", "Report", "inspect", "load", "load_image_encoder", "load_parts", "load_vae", "read_file"]

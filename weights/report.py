@@ -6,7 +6,7 @@ report without an error means that it loads. What is no model (a LoRA, a Control
 
 import json
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from torch import Tensor
@@ -89,6 +89,8 @@ def inspect(path: str | Path, *, variant: str | None = None, values: bool = True
     kind = detect.kind_of(file.tensors)
     if kind.name == "model":
         return of_model(ck.read(path), values)
+    if kind.name == "ip-adapter":
+        kind = replace(kind, what=detect.ip_adapter_title(file.tensors))
     return of_adapter(file, kind) if kind.name == "lora" else of_other(file, kind, values)
 
 
