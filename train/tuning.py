@@ -1,0 +1,225 @@
+"""What the methods that tune a model on pictures have in common: `Tune`, a task over a pipeline and a folder.
+
+A method is a subclass that says in `begin` what trains, and where its step differs overrides one of the stages
+
+    visits -> latents -> noised to timesteps -> [ context of the captions ] -> [ predict ] -> weigh
+
+in brackets those that methods replace: a trained text encoder or embedding overrides `context`, a ControlNet `predict`. With
+nothing overridden this is the ordinary fine-tuning of a UNet. Frozen parts stay in the dtype they were loaded in and in eval
+mode; what trains is fp32 (`begin` makes it so), the computation runs in --precision.
+
+Legend: b examples, s tokens, d width of the text, c h w latent.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from sdcore import image
+from sdcore.clip import CLIPText
+from sdcore.errors import TrainingError
+from sdcore.pipeline import Pipeline
+from sdcore.scheduler import alpha_bars
+from sdcore.tokenizer import Tokenizer
+from sdcore.voices import Conditions, zeroed
+
+from . import objectives
+from .caches import Latents, Texts, fingerprint
+from .data import DataOptions, Pictures, Visit
+from .objectives import ObjectiveOptions
+from .options import option
+from .task import LoopOptions, Loss, Part, Task, generator
+
+
+@dataclass(frozen=True)
+class TuneOptions(ObjectiveOptions, DataOptions, LoopOptions):
+    """Which model, validated how."""
+
+    batch: int = option(4, "examples a step, over all passes and processes")
+    lr: float = option(1e-4, "peak learning rate; about a third of it for lion, 1 for prodigy, which finds it itself")
+    model: str = option(
+        "tiny", "what is tuned: the bundled model, an alias, a folder, a file or a hub id, as in `sdcore.load`"
+    )
+    device: str | None = option(None, "cpu, cuda, mps; the best there is where it is not given")
+    dtype: str = option(
+        "float32", "of the frozen parts in memory: float32, bfloat16 or float16 (the autoencoder stays float32)"
+    )
+    cache: str | None = option(
+        "runs/cache", "folder of encoded pictures and captions, shared by all runs; '' keeps none"
+    )
+    validation: str | None = option(
+        None, "folder of pictures, captioned alike, for the validation loss at each evaluation"
+    )
+    validation_draws: int = option(4, "timesteps, evenly spread, at which each of them is looked at")
+    prompts: str | None = option(
+        None, "file with a prompt a line; each evaluation draws them, above the untuned model's pictures"
+    )
+    guidance: float = option(7.5, "guidance scale of these; the bundled model wants 3")
+
+
+class Tune(Task):
+    """A pipeline, a folder, and how a UNet learns from it."""
+
+    def __init__(self, options: TuneOptions, pipe: Pipeline):
+        """`pipe` is the model of the options (`load`). ConfigError, TrainingError: bad options or pictures."""
+        objectives.check(options, pipe.scheduler)
+        self.options, self.pipe = options, pipe
+        self.scheduler = replace(
+            pipe.scheduler,
+            prediction_type=options.prediction or pipe.scheduler.prediction_type,
+            zero_snr=options.zero_snr or pipe.scheduler.zero_snr,
+        )
+        self.alpha_bar = alpha_bars(self.scheduler).float().to(pipe.device)
+        self.parts: list[nn.Module] = [pipe.unet, pipe.vae, *pipe.text_encoders]
+        for part in self.parts:
+            part.eval().requires_grad_(False)
+        self.model = fingerprint(*self.parts)  # before anything of it trains
+        folder = Path(options.cache) if options.cache else None
+        self.pictures = Pictures(options, options.seed, options.batch)
+        self.latents = Latents(pipe.vae, folder)
+        self.texts = Texts(self.read, list(pipe.text_encoders), folder)
+        self.held_out = None
+        if options.validation:
+            plain = replace(
+                options,
+                data=options.validation,
+                variants=1,
+                flip=False,
+                crop="center",
+                repeats=1,
+                dropout=0.0,
+                shuffle_tags=False,
+            )
+            self.held_out = Pictures(plain, options.seed, 1)
+        self.base = self.draw() if options.prompts else []  # by the untuned model
+        self.begin()
+
+    # --------------------------------------------------------------------------------------------- what methods say or replace
+
+    def begin(self) -> None:
+        """Set `modules` and let train (fp32, requires_grad) what is to. Here: the whole UNet."""
+        self.pipe.unet.float().requires_grad_(True)
+        self.modules = {"unet": self.pipe.unet}
+
+    def context(self, captions: list[str]) -> Conditions:
+        """What the UNet is told of captions, on its device. Here: from the cache, without gradient."""
+        found = self.texts(captions)
+        device = self.pipe.device
+        return Conditions(found["context"].to(device), found["pooled"].to(device) if "pooled" in found else None)
+
+    def predict(self, x: Tensor, t: Tensor, told: Conditions, visits: list[Visit]) -> Tensor:
+        """What the network says of noised latents x [b, c, h, w] at timesteps t [b]."""
+        return self.pipe.unet(self.as_unet(x), t, self.as_unet(told.context), self.added(told, visits))
+
+    # ------------------------------------------------------------------------------------------------------------- the loss
+
+    def loss(self, part: Part) -> Loss:
+        o = self.options
+        visits = self.pictures.visits(part.step, part.places)
+        t = part.of(objectives.timesteps(o, part.batch, len(self.alpha_bar), part.common()))
+        return self.loss_of(visits, t, part.own())
+
+    def loss_of(self, visits: list[Visit], t: Tensor, rngs: list[torch.Generator]) -> Loss:
+        """The loss of visits at timesteps t [b]; noise, of the latents and of the way, from each one's own stream."""
+        mean, std, mask = self.latents(visits)
+        draw = torch.stack([torch.randn(m.shape, generator=rng) for m, rng in zip(mean, rngs, strict=True)])
+        x0 = (mean + std * draw).to(self.pipe.device)
+        t = t.to(self.pipe.device)
+        noisy = objectives.prepare(self.options, self.scheduler.prediction_type, x0, t, self.alpha_bar, rngs)
+        found = self.predict(noisy.x, t, self.context([visit.caption for visit in visits]), visits)
+        return Loss(*objectives.weigh(noisy, found, None if mask is None else mask.to(self.pipe.device)))
+
+    def validate(self) -> float | None:
+        """The mean loss over the validation pictures, each at the same timesteps and with the same noise at every evaluation."""
+        if self.held_out is None:
+            return None
+        draws, total, weight = self.options.validation_draws, 0.0, 0.0
+        t = ((torch.arange(draws) + 0.5) / draws * len(self.alpha_bar)).long()
+        for i in range(len(self.held_out.items)):
+            visit = self.held_out.visit(i, 0, 0)
+            loss = self.loss_of([visit] * draws, t, [generator(self.options.seed, i, k, 2) for k in range(draws)])
+            total, weight = total + loss.mean.item() * float(loss.count), weight + float(loss.count)
+        return total / max(weight, 1e-12)
+
+    def evaluate(self, step: int, out: Path) -> dict[str, float]:
+        """Draw --prompts: a sheet samples/step-….png, the untuned model's pictures above the tuned one's."""
+        if self.options.prompts:
+            (out / "samples").mkdir(exist_ok=True)
+            drawn = self.draw()
+            sheet = image.grid([*self.base, *drawn], columns=len(drawn))
+            sheet.save(out / "samples" / f"step-{step:08d}.png")
+        return {}
+
+    def draw(self) -> list[image.Picture]:
+        """The pictures of --prompts as the pipeline draws them now, seed by line."""
+        assert self.options.prompts
+        texts = [line.strip() for line in Path(self.options.prompts).read_text().splitlines() if line.strip()]
+        if not texts:
+            raise TrainingError(f"--prompts {self.options.prompts}: holds no prompt")
+        return [
+            self.pipe(text, seed=i, steps=25, guidance=self.options.guidance).images[0] for i, text in enumerate(texts)
+        ]
+
+    def identity(self) -> dict[str, object]:
+        return {"model": self.model, **self.pictures.identity()} | (
+            {"validation": self.held_out.identity()["content"]} if self.held_out else {}
+        )
+
+    # --------------------------------------------------------------------------------------------------------------- helpers
+
+    def as_unet(self, x: Tensor) -> Tensor:
+        """In the dtype of the UNet's weights."""
+        return x.to(next(self.pipe.unet.parameters()).dtype)
+
+    def added(self, told: Conditions, visits: list[Visit]) -> tuple[Tensor, Tensor] | None:
+        """What XL models hear beside the text: the pooled vector [b, p] and the sizes [b, 6]; None for the others."""
+        if told.pooled is None:
+            return None
+        sizes = torch.tensor([visit.sizes for visit in visits], dtype=torch.float32, device=self.pipe.device)
+        return self.as_unet(told.pooled), sizes
+
+    def read(self, caption: str) -> dict[str, Tensor]:
+        """What the frozen encoders say of one caption: "context" [s, d], and for XL "pooled" [p].
+
+        Where the pipeline takes zeros for an empty prompt (SDXL base), so does a dropped caption: guidance will ask for that.
+        """
+        told = encode(self.pipe.text_encoders, self.pipe.tokenizers, [caption], bool(self.pipe.unet.config.added_dim))
+        if caption == "" and self.pipe.zero_negative:
+            told = zeroed(told, (True,))
+        return {"context": told.context[0]} | ({} if told.pooled is None else {"pooled": told.pooled[0]})
+
+
+def encode(
+    encoders: Sequence[CLIPText],
+    tokenizers: Sequence[Tokenizer],
+    captions: list[str],
+    xl: bool,
+    ids: Sequence[Tensor] | None = None,
+    extra: Sequence[Tensor | None] | None = None,
+) -> Conditions:
+    """Captions, taken literally, -> what the UNet is told of them; with gradients where something of it trains.
+
+    SD 1.x and 2.x read their encoder after the last layer; XL reads the layer before, all encoders side by side, and the last
+    one's pooled vector. `ids` [b, s] an encoder replace the tokenizers', `extra` are rows for numbers beyond the table
+    (sdcore/clip.py).
+    """
+    contexts, pooled = [], None
+    for e, (encoder, tokenizer) in enumerate(zip(encoders, tokenizers, strict=True)):
+        tokens = tokenizer(captions) if ids is None else ids[e]
+        out = encoder(tokens.to(next(encoder.parameters()).device), None if extra is None else extra[e])
+        contexts.append(out.states[-2] if xl else out.last)
+        pooled = out.pooled if xl else None
+    return Conditions(torch.cat(contexts, dim=-1), pooled)
+
+
+def load(options: TuneOptions) -> Pipeline:
+    """The model of the options, its autoencoder in fp32 (SDXL's overflows in fp16). Errors as of `sdcore.load`."""
+    import sdcore
+
+    torch.set_num_threads(options.threads)
+    pipe = sdcore.load(options.model, device=options.device, dtype=options.dtype)
+    pipe.vae.float()
+    return pipe
