@@ -220,6 +220,25 @@ def ddim(plan: Plan, *, eta: float = 0.0) -> None:
 
 
 @sampler("vp", DIFFUSION, points="even")
+def ddim_inverse(plan: Plan) -> None:
+    """ddim backwards: from a clean latent, given in the place of noise, to the noise from which ddim draws it again. 2010.02502
+    section 4.3. Each move asks the network at the level that it goes to, with an x that is not there yet: exact as the steps
+    grow small. Follows diffusers' DDIMInverseScheduler."""
+    if plan.config.prediction_type == "sample":
+        raise ConfigError("ddim_inverse needs an epsilon or v_prediction model: found one that predicts the sample")
+    for there in reversed(plan.points[:-1]):
+        here = plan.below(there)
+        x, _ = plan.look(there)
+        # What was answered is taken for an x at the level that it really has.
+        (signal, noise), (signal_next, noise_next), out = plan.scales(here), plan.scales(there), plan.out
+        if plan.config.prediction_type == "epsilon":
+            x0, eps = (x - noise * out) / signal, out
+        else:
+            x0, eps = signal * x - noise * out, signal * out + noise * x
+        plan.go(signal_next * x0 + noise_next * eps)
+
+
+@sampler("vp", DIFFUSION, points="even")
 def pndm(plan: Plan) -> None:
     """Pseudo linear multistep, "PLMS": ddim's move along an eps extrapolated from the last four (2202.09778, with the
     Adams-Bashforth weights). It warms up with formulas of rising order, of which the first looks twice; or, with
