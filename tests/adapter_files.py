@@ -13,7 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from sdcore.weights import files, names
+from sdcore.weights import adapters, detect, files, names
 from torch import Tensor, nn
 
 from sdcore.clip import CLIPTextConfig
@@ -63,6 +63,52 @@ def pipe_of(family: str) -> SimpleNamespace:
 def parts_of(family: str) -> dict[str, nn.Module]:
     pipe = pipe_of(family)
     return dict(zip(CONFIGS[family], [pipe.unet, *pipe.text_encoders], strict=True))
+
+
+OFFICIAL = re.compile(
+    r"down_blocks\.0\.resnets\.0\.(conv1|norm1)|down_blocks\.[01]\.attentions\.0\.(norm|proj_in)|"
+    r"down_blocks\.[01]\.attentions\.0\.transformer_blocks\.0\.(norm1|attn1\.to_q|attn2\.to_k)|"
+    r"text_model\.encoder\.layers\.0\.(layer_norm1|self_attn\.q_proj)"
+)
+
+
+OFFICIAL_CONFIGS = {
+    family: {"unet": release.unet, **release.text} for family, release in detect.FAMILIES.items() if family in CONFIGS
+}
+
+
+@cache
+def official(family: str) -> tuple[SimpleNamespace, dict[str, nn.Module]]:
+    """In the place of `twins`: a few layers of every part of the released family, in their real sizes, on random weights."""
+    parts = {}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for part, weights in adapters.released(family).weights.items():
+            parts[part] = nn.Module()
+            for name, (weight, bias) in weights.items():
+                if OFFICIAL.fullmatch(name) and not name.startswith(f"down_blocks.{int(family != 'sdxl')}.attentions"):
+                    put(parts[part], name, layer_of(name, weight, bias is not None))
+    return SimpleNamespace(
+        unet=parts["unet"], text_encoders=[model for part, model in parts.items() if part != "unet"], family=family
+    ), parts
+
+
+def layer_of(name: str, weight: Tensor, bias: bool) -> nn.Module:
+    """A layer of the peers' kind with a weight of this shape."""
+    if weight.ndim == 1:
+        of_layer = "transformer_blocks" in name or "layer_norm" in name
+        return nn.LayerNorm(len(weight)) if of_layer else nn.GroupNorm(32, len(weight))
+    o, n, *kernel = weight.shape
+    return nn.Conv2d(n, o, tuple(kernel), padding=kernel[0] // 2) if kernel else nn.Linear(n, o, bias)
+
+
+def put(model: nn.Module, name: str, module: nn.Module) -> None:
+    *path, last = name.split(".")
+    for step in path:
+        if step not in dict(model.named_children()):
+            model.add_module(step, nn.Module())
+        model = getattr(model, step)
+    model.add_module(last, module)
 
 
 def layers(
@@ -128,6 +174,9 @@ def lycoris_format(format: str, path: Path, family: str) -> Written:
     def size(module: nn.Module) -> int:  # of OFT's blocks: two or more
         return 4 if len(module.weight) > 4 else 2
 
+    def odd(count: int) -> int:
+        return count // (count & -count)
+
     def whole(path: str, module: nn.Module):
         one = full.FullModule(path, copy.deepcopy(module), 1.0)
         one.apply_to()  # it takes the weight over, and only then writes the difference from it
@@ -180,10 +229,11 @@ def lycoris_format(format: str, path: Path, family: str) -> Written:
             return lycoris(path, family, lambda n, m: diag_oft.DiagOFTModule(n, m, 1.0, size(m), rescaled="attn" in n))
         case "oft-constraint":
             return lycoris(path, family, lambda n, m: diag_oft.DiagOFTModule(n, m, 1.0, size(m), constraint=0.001))
-        case "boft":
+        case "boft":  # halves of blocks are exchanged a power of two apart: a block holds what else divides the outputs
             return lycoris(
-                path, family, lambda n, m: boft.ButterflyOFTModule(n, m, 1.0, lora_dim=4, rescaled="attn" in n)
-            )
+                path, family,
+                lambda n, m: boft.ButterflyOFTModule(n, m, 1.0, lora_dim=max(4, 2 * odd(len(m.weight))), rescaled="attn" in n),
+            )  # fmt: skip
         case "simpletuner":
             return lycoris(
                 path, family, lambda n, m: lokr.LokrModule(n, m, 1.0, lora_dim=4, alpha=1, factor=4),
@@ -323,10 +373,11 @@ def ruled(format: str, path: Path, family: str) -> Written:
         case "bundled":
             written = ruled("no-alpha", path, family)
             tensors, deltas = files.read(path).tensors, written.deltas
-            if family == "sdxl":
-                tensors |= {"bundle_emb.sks.clip_l": torch.randn(2, 16), "bundle_emb.sks.clip_g": torch.randn(2, 32)}
-            else:
-                tensors["bundle_emb.sks.string_to_param.*"] = torch.randn(2, 16)
+            widths = [config.width for part, config in CONFIGS[family].items() if part != "unet"]
+            named = ("clip_l", "clip_g") if family == "sdxl" else ("string_to_param.*",)
+            tensors |= {
+                f"bundle_emb.sks.{key}": torch.randn(2, width) for key, width in zip(named, widths, strict=True)
+            }
         case _:
             raise ValueError(format)
     files.write(path.with_name("new.safetensors"), tensors, metadata)
@@ -342,8 +393,8 @@ RULED = (
 ONLY_SD1 = ("cloneofsimo", "cloneofsimo-pt")  # the format is older than XL
 
 
-def simo_pairs(family: str):
-    """part, index, name, down, up, delta in the order in which diffusers 0.11 listed the layers, written out."""
+def simo_order() -> list[tuple[str, str]]:
+    """The layers in the order in which diffusers 0.11 listed them, written out."""
     order: list[tuple[str, str]] = []
     blocks = [f"down_blocks.{i}.attentions.{j}" for i in range(3) for j in range(2)]
     blocks += [f"up_blocks.{i}.attentions.{j}" for i in (1, 2, 3) for j in range(3)]
@@ -355,11 +406,37 @@ def simo_pairs(family: str):
         order += [("unet", f"{inner}.attn2.to_{x}") for x in ("q", "k", "v", "out.0")]
     for i in range(12):
         order += [("text_encoder", f"text_model.encoder.layers.{i}.self_attn.{x}_proj") for x in ("k", "v", "q", "out")]
+    return order
+
+
+def simo_pairs(family: str):
+    """part, index, name, down, up, delta in that order."""
+    order = simo_order()
     made = {where: rest for where, _, *rest in random_lora(family, lambda part, name: (part, name) in order)}
     count = {"unet": 0, "text_encoder": 0}
     for part, name in order:
         yield part, count[part], name, *made[part, name]
         count[part] += 1
+
+
+def official_simo(format: str, path: Path) -> Written:
+    """A numbered file for the real sizes of 1.x. It goes over all layers, so their changes (1.5 GB) are not worked out."""
+    weights, order = adapters.released("sd1").weights, simo_order()
+    pairs: list[tuple[str, Tensor, Tensor]] = []  # part, up, down
+    for part, name in order:
+        o, n = weights[part][name][0].shape[:2]
+        pairs.append((part, torch.ones(o, 1), torch.ones(1, n)))
+    if format == "cloneofsimo-pt":
+        torch.save(
+            [tensor for part, up, down in pairs if part == "unet" for tensor in (up, down)], path.with_suffix(".pt")
+        )
+        return Written(path.with_suffix(".pt"), {where: (None, None) for where in order if where[0] == "unet"})
+    tensors, count = {}, {"unet": 0, "text_encoder": 0}
+    for part, up, down in pairs:
+        tensors |= {f"{part}:{count[part]}:up": up, f"{part}:{count[part]}:down": down}
+        count[part] += 1
+    files.write(path, tensors)
+    return Written(path, dict.fromkeys(order, (None, None)))
 
 
 # ---------------------------------------------------------------- PEFT and diffusers, with their own savers

@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from sdcore.weights import adapter_names as an
 from sdcore.weights import adapters, detect, files, report
 
 from sdcore import changes, lora
+from sdcore.cli import main
 from sdcore.errors import AdapterError, CheckpointError, ConfigError
 from tests import adapter_files as af
 
@@ -403,6 +405,11 @@ def test_other_files_are_named(tmp_path):
     for tensors, words in (
         ({"emb_params": torch.ones(1, 768)}, "textual-inversion"),
         ({"control_model.zero_convs.0.0.weight": torch.ones(1)}, "ControlNet"),
+        ({f"base_model.model.{Q}.ia3_l": torch.ones(1280, 1)}, "IA3, OFT, BOFT or other adapter as PEFT writes it"),
+        (
+            {f"base_model.model.{Q}.oft_R.weight": torch.ones(40, 496)},
+            "of PEFT's adapters LoRA, LoHa and LoKr are read",
+        ),
         ({"first_stage_model.encoder.down.0.block.0.norm1.weight": torch.ones(1)}, "autoencoder"),
     ):
         with pytest.raises(AdapterError, match=words):
@@ -527,25 +534,117 @@ def test_dora_rule_by_ending(written):
 
 # ---------------------------------------------------------------- inspect, convert, the page
 
-INSPECTED = [("kohya", "LoRA, LoCon"), ("loha", "LoHa"), ("lokr", "LoKr"), ("dora", "with DoRA (comfy)"), ("ia3", "IA3"),
-             ("full", "full difference"), ("norm", "norm"), ("glora", "GLoRA"), ("oft", "OFT"), ("boft", "BOFT"),
-             ("set-weight", "replacement"),
-             ("attn-procs", "old diffusers"), ("peft", "PEFT / diffusers"), ("simpletuner", "SimpleTuner"),
-             ("cloneofsimo", "cloneofsimo"), ("old-diffusers", "old diffusers|PEFT"), ("oft-kohya", "its own OFT")]  # fmt: skip
+LOCON = {"LoRA", "LoCon"}
+INSPECTED = {  # format -> what it is, the rank, where its scale comes from, and whose spelling where that is not kohya's
+    "kohya": (LOCON, 4, "0.5 (alpha 2 / rank 4)"),
+    "tucker": ({"LoRA", "LoCon (Tucker)"}, 4, "0.75 (alpha 3 / rank 4)"),
+    "rslora": (LOCON, 4, "1.5 (alpha 6 / rank 4)"),
+    "loha": ({"LoHa"}, 2, "0.5 (alpha 1 / rank 2)"),
+    "loha-tucker": ({"LoHa"}, 2, "0.5 (alpha 1 / rank 2)"),
+    "lokr": ({"LoKr"}, 4, "0.25 (alpha 1 / rank 4)"),
+    "lokr-both": ({"LoKr"}, 2, "0.5 (alpha 1 / rank 2)"),
+    "lokr-whole": ({"LoKr"}, None, None),
+    "dora-inputs": ({f"{kind} with DoRA (ComfyUI's rule)" for kind in LOCON}, 4, "0.5 (alpha 2 / rank 4)"),
+    "full": ({"full difference"}, None, None),
+    "norm": ({"norm"}, None, None),
+    "ia3": ({"IA3"}, None, None),
+    "glora": ({"GLoRA"}, 4, "0.5 (alpha 2 / rank 4)"),
+    "oft": ({"OFT"}, None, None),
+    "oft-constraint": ({"OFT"}, None, None),
+    "boft": ({"BOFT"}, None, None),
+    "simpletuner": ({"LoKr"}, 4, "0.25 (alpha 1 / rank 4)", "SimpleTuner (LyCORIS)"),
+    "no-alpha": (LOCON, 3, "1 (no alpha: taken as the rank 3)"),
+    "scale": (LOCON, 3, "0.25 (given as it is)"),
+    "kohya-diffusers-names": (LOCON, 3, "0.5 (alpha 1.5 / rank 3)", "kohya"),
+    "dora": ({f"{kind} with DoRA (ComfyUI's rule)" for kind in LOCON}, 3, "2 (alpha 6 / rank 3)"),
+    "set-weight": ({"replacement"}, None, None),
+    "glora-old": ({"GLoRA"}, 4, "0.5 (alpha 2 / rank 4)"),
+    "oft-diag": ({"OFT"}, None, None),
+    "oft-diag-zero": ({"OFT"}, None, None),
+    "oft-kohya": ({"OFT"}, None, None, "kohya (its own OFT)"),
+    "attn-procs": ({"LoRA"}, 3, "1 (no alpha: taken as the rank 3)", "old diffusers"),
+    "attn-procs-bare": ({"LoRA"}, 3, "1 (no alpha: taken as the rank 3)", "old diffusers"),
+    "old-diffusers": (LOCON, 3, "1 (no alpha: taken as the rank 3)", "PEFT / diffusers"),
+    "peft-default": (LOCON, 3, "1 (no alpha: taken as the rank 3)", "PEFT / diffusers"),
+    "peft-bare": (LOCON, 3, "1 (no alpha: taken as the rank 3)", "PEFT / diffusers"),
+    "peft-prefix": (LOCON, 3, "1 (no alpha: taken as the rank 3)", "PEFT / diffusers"),
+    "peft-no-text-model": (LOCON, 3, "1 (no alpha: taken as the rank 3)", "PEFT / diffusers"),
+    "peft-bias": ({"LoRA", "LoRA + bias", "LoCon + bias"}, 3, "1 (no alpha: taken as the rank 3)", "PEFT / diffusers"),
+    "bundled": (LOCON, 3, "1 (no alpha: taken as the rank 3)"),
+    "peft": (LOCON, 4, "0.5 (alpha 2 / rank 4)", "PEFT / diffusers"),
+    "peft-rslora": (LOCON, 4, "1 (alpha 2 / √rank 4, rsLoRA)", "PEFT / diffusers"),
+    "peft-dora": ({f"{kind} with DoRA (PEFT's rule)" for kind in LOCON}, 4, "2 (alpha 8 / rank 4)", "PEFT / diffusers"),
+    "peft-patterns": (LOCON, 6, "0.5 (alpha 3 / rank 6): 1 module", "PEFT / diffusers"),
+    "peft-folder": (LOCON, 4, "1 (alpha 2 / √rank 4, rsLoRA)", "PEFT / diffusers"),
+    "peft-folder-loha": ({"LoHa"}, 4, "0.5 (alpha 2 / rank 4)", "PEFT / diffusers"),
+    "peft-folder-lokr": ({"LoKr"}, 4, "0.5 (alpha 2 / rank 4)", "PEFT / diffusers"),
+    "peft-folder-lokr-whole": ({"LoKr"}, None, "0.125 (alpha 64 / rank 512)", "PEFT / diffusers"),
+    "cloneofsimo": ({"LoRA"}, 1, "1 (no alpha: taken as the rank 1)", "cloneofsimo (numbered)"),
+    "cloneofsimo-pt": ({"LoRA"}, 1, "1 (no alpha: taken as the rank 1)", "cloneofsimo (numbered)"),
+}
+WORDS = {
+    "modelspec.trigger_phrase": "sks",
+    "ss_tag_frequency": '{"10_dog": {"sks dog": 20, "grass": 3}}',
+    "ss_output_name": "rex",
+}
 
 
-@pytest.mark.parametrize(("format", "words"), INSPECTED)
-def test_report_says_what_a_person_wants_to_know(format, words, written):
-    file = written(format, "sd1")
-    _, loaded = adapters.read_adapter(file.path, af.pipe_of("sd1"))
-    text = loaded.to_text()
-    assert any(word in text for word in words.split("|")), text
-    assert "unet: " in text and f"{len([1 for part, _ in file.deltas if part == 'unet'])} modules" in text
-    if format in ("kohya", "loha", "glora", "peft"):
-        assert re.search(r"rank \d \(\d+\)", text) and re.search(
-            r"scale 0\.5 \(alpha \d / rank \d\): \d+ modules", text
-        )
-    json.dumps(loaded.table())
+def test_every_format_is_inspected():
+    assert set(INSPECTED) == {*af.LYCORIS, *af.RULED, *af.PEFT, *af.FOLDERS, *af.ONLY_SD1}
+
+
+@pytest.fixture
+def real_sizes(monkeypatch):
+    """Files are written for the real sizes, by which `sdcore inspect`, which has no model at hand, knows the family."""
+    monkeypatch.setattr(af, "twins", af.official)
+    monkeypatch.setattr(af, "CONFIGS", af.OFFICIAL_CONFIGS)
+
+
+@pytest.mark.parametrize(
+    ("format", "family"), [*((f, "sd1") for f in INSPECTED), *((f, "sdxl") for f in INSPECTED if f not in af.ONLY_SD1)]
+)
+def test_inspect_says_what_a_person_wants_to_know(format, family, real_sizes, tmp_path, capsys):
+    """What it is, for which models, what it touches and how strongly, in whose spelling, which words it knows; and as JSON."""
+    kinds, rank, scale, *spelling = INSPECTED[format]
+    if format == "tucker" and family == "sdxl":
+        kinds = kinds - {"LoRA"}  # of 1 x 1 convolutions, which XL has not
+    write = af.official_simo if format in af.ONLY_SD1 else lambda *where: af.write(*where, family)
+    written = write(format, tmp_path / "adapter.safetensors")
+    file = files.read(written.path / "adapter_model.safetensors" if written.path.is_dir() else written.path)
+    if file.path.suffix == ".safetensors":
+        files.write(tmp_path / "new", file.tensors, {**file.metadata, **WORDS})
+        (tmp_path / "new").replace(file.path)
+    capsys.readouterr()
+    assert main(["inspect", str(written.path)]) == 0
+    text = capsys.readouterr().out
+    first, *lines = text.splitlines()
+    title = {"sd1": "Stable Diffusion 1.x", "sdxl": "Stable Diffusion XL base"}[family]
+    found = re.fullmatch(
+        rf"{re.escape(str(file.path))}: (.+) for {title}; load a model and give this file with --lora", first
+    )
+    assert found and set(found[1].split(", ")) == kinds, first
+    for part, modules in Counter(part for part, _ in written.deltas).items():
+        (line,) = (line for line in lines if line.startswith(f"  {part}: "))
+        assert line.startswith(f"  {part}: {modules} module{'s' * (modules > 1)}"), line
+        assert (rank is None) == ("rank" not in line), line
+    assert rank is None or f"rank {rank} (" in text, text
+    assert f"  scale {scale}" in text or f"; {scale}" in text if scale else "scale" not in text, text
+    usual = ({"kohya (sgm names)"} if family == "sdxl" else set()) | {"kohya"}
+    (line,) = (line for line in lines if line.startswith("  spelling "))
+    shown = set(line.removeprefix("  spelling ").removesuffix("; float32").split(", "))
+    assert shown <= usual and shown if not spelling else shown == set(spelling), line
+    if file.path.suffix == ".safetensors":
+        assert "words of its captions: sks, sks dog (20), grass (3)" in text and "named: rex" in text
+    if format == "bundled":
+        assert f"with the embedding sks: 2 vectors, for {'SDXL' if family == 'sdxl' else 'SD 1.x'}" in text
+    assert "FIT" not in text and "NO PLACE" not in text
+    assert main(["inspect", str(written.path), "--json"]) == 0
+    table = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (table["family"], table["adapter"]["matched"], table["adapter"]["fits"]) == (
+        family,
+        len(written.deltas),
+        True,
+    )
 
 
 def test_report_of_official_sizes_and_metadata(tmp_path):
@@ -557,8 +656,8 @@ def test_report_of_official_sizes_and_metadata(tmp_path):
     found = report.inspect(tmp_path / "dog.safetensors")
     text = found.to_text()
     for words in (
-        "a LoRA, LoCon for Stable Diffusion 1.x", "rank 4 (1)", "scale 0.5 (alpha 2 / rank 4): 1 modules", "self-attention 1",
-        "sks, sks dog (21), grass (3)", "base: sd_v1", "float16", "spelling kohya", "--lora",
+        "dog.safetensors: LoRA for Stable Diffusion 1.x", "rank 4 (1)", "scale 0.5 (alpha 2 / rank 4): 1 module",
+        "self-attention 1", "sks, sks dog (21), grass (3)", "base: sd_v1", "float16", "spelling kohya", "--lora",
     ):  # fmt: skip
         assert words in text, text
     table = json.loads(found.to_json())
@@ -566,7 +665,7 @@ def test_report_of_official_sizes_and_metadata(tmp_path):
     broken = {"ss_tag_frequency": "[" * 50_000, "ss_output_name": "a\nb\x1b[31m"}
     files.write(tmp_path / "dog.safetensors", BROKEN["unknown key"][0], broken)
     text = report.inspect(tmp_path / "dog.safetensors").to_text()
-    assert "does not fit" in text and "NO PLACE for 1 keys: lora_unet_no_such_block" in text and "\x1b" not in text
+    assert "does not fit" in text and "NO PLACE for 1 key: lora_unet_no_such_block" in text and "\x1b" not in text
 
 
 def test_command_line_converts_and_inspects(tmp_path):

@@ -365,6 +365,9 @@ an `AdapterError` that names the first of them, and nothing is loaded. `strict=F
 left out. A file for which no model is at hand is compared with 1.x, 2.x, XL and the XL refiner, and belongs to the one whose
 modules and shapes it fits; metadata (`ss_base_model_version`, `ss_v2`, `modelspec.architecture`) only says which is tried
 first. `sdcore inspect FILE` prints the outcome; `sdcore convert IN OUT --layout kohya|peft` writes it anew.
+
+Of PEFT's own adapters LoRA (with DoRA and rsLoRA), LoHa and LoKr are read. Its IA3, OFT, BOFT and the others (`.ia3_l`,
+`.oft_R`, `.boft_R`, ...) are refused by name: merge such a one into its model with PEFT.
 """
 
 if __name__ == "__main__":

@@ -80,28 +80,29 @@ class LoadReport:
 
     def lines(self) -> Iterator[str]:
         fit = f"for {self.title}" if self.fits else f"that does not fit {self.title} as it is"
-        yield f"{self.path}: a {self.kinds() or 'LoRA or one of its kin'} {fit}"
+        yield f"{self.path}: {self.kinds() or 'LoRA or one of its kin'} {fit}"
         yield f"  spelling {', '.join(self.spellings) or 'unknown'}; {self.dtype}"
         for name, part in self.parts.items():
             ranks = ", ".join(f"rank {rank} ({count})" for rank, count in part.ranks.items())
-            yield f"  {name}: {part.modules} modules{f', {ranks}' if ranks else ''}"
+            yield f"  {name}: {some(part.modules, 'module')}{f', {ranks}' if ranks else ''}"
             yield f"    {', '.join(f'{what} {count}' for what, count in part.touched.items())}"
             if len(part.kinds) > 1:
                 yield f"    {', '.join(f'{kind} {count}' for kind, count in part.kinds.items())}"
         if self.scales:
-            shown = [f"{how}: {count} modules" for how, count in list(self.scales.items())[:4]]
+            shown = [f"{how}: {some(count, 'module')}" for how, count in list(self.scales.items())[:4]]
             yield f"  scale {'; '.join(shown)}{'; ...' if len(self.scales) > 4 else ''}"
         for embedding in self.embeddings:
-            yield f"  embedding {one_line(embedding.name)}: {len(embedding.vectors[0])} vectors, for {embedding.family}"
+            vectors = some(len(embedding.vectors[0]), "vector")
+            yield f"  with the embedding {one_line(embedding.name)}: {vectors}, for {embedding.family}"
         if self.triggers:
             yield f"  words of its captions: {', '.join(f'{one_line(w)} ({n})' if n else one_line(w) for w, n in self.triggers)}"
         yield from (
             f"  {label}: {one_line(self.metadata[key])}" for key, label in SOURCES.items() if self.metadata.get(key)
         )
         if self.unmatched:
-            yield f"  NO PLACE for {len(self.unmatched)} keys: {', '.join(one_line(key) for key in self.unmatched[:5])}"
+            yield f"  NO PLACE for {some(len(self.unmatched), 'key')}: {', '.join(one_line(key) for key in self.unmatched[:5])}"
         if self.mismatched:
-            yield f"  DOES NOT FIT, {len(self.mismatched)} modules:"
+            yield f"  DOES NOT FIT, {some(len(self.mismatched), 'module')}:"
             yield from (f"    {one_line(key)}: {one_line(why)}" for key, why in list(self.mismatched.items())[:5])
 
     def table(self) -> dict:
@@ -126,11 +127,26 @@ def part_report(own: Mapping[str, Change]) -> PartReport:
     return PartReport(len(own), dict(kinds.most_common()), dict(ranks.most_common()), dict(touched.most_common()))
 
 
+def some(count: int, what: str) -> str:
+    """1 module, 2 modules."""
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
 def kind_of(change: Change) -> str:
-    if isinstance(change, changes.DoRA):
-        return f"{kind_of(change.change)} with DoRA ({change.rule})"
-    if isinstance(change, changes.Sum):
-        return " + ".join(kind_of(one) for one in change.changes)
+    """What people call it: finer than the spec's sections, which keep together what has the same endings."""
+    match change:
+        case changes.DoRA():
+            return f"{kind_of(change.change)} with DoRA ({'ComfyUI' if change.rule == 'comfy' else 'PEFT'}'s rule)"
+        case changes.Sum():
+            return " + ".join(kind_of(one) for one in change.changes)
+        case changes.LowRank():
+            kernel = change.down if change.mid is None else change.mid
+            name = "LoCon" if kernel.ndim == 4 and kernel.shape[2:] != (1, 1) else "LoRA"
+            return name if change.mid is None else f"{name} (Tucker)"
+        case changes.Full():
+            return "bias" if change.diff is None else "norm" if change.diff.ndim == 1 else "full difference"
+        case changes.Orthogonal():
+            return "BOFT" if change.boft else "OFT"
     return KIND_OF[type(change)].title
 
 

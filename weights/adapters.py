@@ -362,7 +362,8 @@ class Match:
 
     def report(self) -> LoadReport:
         file = self.file
-        dtypes = Counter(str(t.dtype).removeprefix("torch.") for t in file.tensors.values() if t.ndim)
+        floats = [tensor for tensor in file.tensors.values() if tensor.ndim and tensor.is_floating_point()]
+        dtypes = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in floats)
         return LoadReport(
             path=str(file.path),
             family=self.target.family,
