@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, PngImagePlugin
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from sdcore.weights.embeddings import read_embeddings
 
 from sdcore import embeddings
@@ -271,6 +271,25 @@ def test_where_a_name_is_found(pipes):  # noqa: F811
     assert [t for t, _ in second][:3] == [V, V + 1, *word["cat"]]
 
 
+def peer_takes(theirs, file):
+    """Load an embedding, called <cat-toy>, into diffusers' pipeline by its own loader; for SDXL its two calls."""
+    if not hasattr(theirs, "text_encoder_2"):
+        theirs.load_textual_inversion(str(file), token="<cat-toy>")
+        return
+    vectors = load_file(file)
+    for key, number in (("clip_l", ""), ("clip_g", "_2")):
+        tokenizer, encoder = (getattr(theirs, f"{part}{number}") for part in ("tokenizer", "text_encoder"))
+        theirs.load_textual_inversion(
+            {"cat-toy": vectors[key]}, token="<cat-toy>", tokenizer=tokenizer, text_encoder=encoder
+        )
+    # transformers pools at the largest number, which is now the added token's: see sdcore/embeddings.py.
+    end = theirs.tokenizer_2.eos_token_id
+    theirs.text_encoder_2.config.eos_token_id = end
+    for module in theirs.text_encoder_2.modules():
+        if hasattr(module, "eos_token_id"):
+            module.eos_token_id = end
+
+
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])
 def test_pictures_equal_diffusers(tmp_path, models, pipes, family):  # noqa: F811
     """An embedding of three vectors in a weighted prompt of more than 77 tokens, loaded by both from the same file: 1/255.
@@ -280,23 +299,8 @@ def test_pictures_equal_diffusers(tmp_path, models, pipes, family):  # noqa: F81
     """
     theirs = peer_of(models(family), family)
     file = tmp_path / "cat-toy.safetensors"
-    if family == "sd1":
-        save_file({"<cat-toy>": FEW}, file)
-        theirs.load_textual_inversion(str(file))
-    else:
-        save_file({"clip_l": FEW, "clip_g": WIDE}, file)
-        for vectors, tokenizer, encoder in (
-            (FEW, theirs.tokenizer, theirs.text_encoder),
-            (WIDE, theirs.tokenizer_2, theirs.text_encoder_2),
-        ):
-            theirs.load_textual_inversion(
-                {"cat-toy": vectors}, token="<cat-toy>", tokenizer=tokenizer, text_encoder=encoder
-            )
-        # transformers pools at the largest number, which is now the added token's: see sdcore/embeddings.py.
-        theirs.text_encoder_2.config.eos_token_id = theirs.tokenizer_2.eos_token_id
-        for module in theirs.text_encoder_2.modules():
-            if hasattr(module, "eos_token_id"):
-                module.eos_token_id = theirs.tokenizer_2.eos_token_id
+    save_file({"<cat-toy>": FEW} if family == "sd1" else {"clip_l": FEW, "clip_g": WIDE}, file)
+    peer_takes(theirs, file)
     pieces = [
         ("photo of a", 1.0), ("red <cat-toy> <cat-toy>_1 <cat-toy>_2 in", 1.4), ("the green background,", 1.0),
         ("large dog", 0.7), ("blue circle " * 15 + ", " + "square " * 30, 1.0), ("a <cat-toy> <cat-toy>_1 <cat-toy>_2", 1.0),

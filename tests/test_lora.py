@@ -659,14 +659,15 @@ def everywhere(name: str) -> bool:
     return "attn" in name or "ff.net" in name or "resnets" in name
 
 
-def pipeline_lora(pipe, name: str, rank: int, seed: int, text: bool = True, pick=everywhere) -> lora.Adapter:
+def pipeline_lora(pipe, name: str, rank: int, seed: int, text: bool = True, pick=everywhere, **options) -> lora.Adapter:
     """A LoRA on chosen layers of the UNet, and on the text encoders."""
     parts = {}
     for part, model in lora.models(pipe).items():
         if part == "unet":
-            parts |= lora_for(model, name, rank, part, seed, pick).parts
+            parts |= lora_for(model, name, rank, part, seed, pick, **options).parts
         elif text:
-            parts |= lora_for(model, name, rank, part, seed + 1, lambda n: "self_attn" in n or "mlp" in n).parts
+            inner = lambda n: "self_attn" in n or "mlp" in n  # noqa: E731
+            parts |= lora_for(model, name, rank, part, seed + 1, inner, **options).parts
     return lora.Adapter(name, parts)
 
 
