@@ -2,11 +2,16 @@
 
 A `Picture` is an array of bytes and the settings that made it. `to_pictures` and `to_tensor` cross to the models' side
 with the very arithmetic of diffusers' VaeImageProcessor. `open_picture` is the only way in. Its rules: PNG, JPEG or WebP
-by content, not by name; at most 64 megapixels, asked before anything is decoded; turned as EXIF says; transparency laid
-on a stated colour, so that what was hidden stays hidden; CMYK and palettes become RGB; 16-bit grey is scaled, 16-bit
-colour keeps its high byte; of an animation the first frame; colour profiles are not applied. `Picture.save` is the only
-way out: written beside, synced, renamed, so there is a whole file or none. The PNG carries `sdcore` (JSON, exact: the
-picture can be made again) and `parameters` (the text that most other tools read).
+by content, not by name; sides of 8 to 16,384 pixels and at most 64 megapixels, asked before anything is decoded; turned as
+EXIF says; transparency laid on a stated colour (white), so that what was hidden stays hidden; CMYK and palettes become RGB;
+16-bit grey is scaled, 16-bit colour keeps its high byte; of an animation the first frame; colour profiles are not applied.
+
+`open_mask` reads a mask by the same rules: white is repainted, black is kept, colours count by their brightness, and
+transparency is laid on black, so what nobody painted is kept. A mask has the size of its picture. `fit` brings pictures
+and masks to the size that is drawn; `to_tensor`, `to_unit` and `to_mask` hand them to the models.
+
+`Picture.save` is the only way out: written beside, synced, renamed, so there is a whole file or none. The PNG carries
+`sdcore` (JSON, exact: the picture can be made again) and `parameters` (the text that most other tools read).
 
 Legend: b pictures, h height, w width; pixels [b, 3, h, w] in -1..1 on the models' side, [h, w, 3] uint8 on this one.
 """
@@ -35,6 +40,7 @@ from .errors import ImageError, NonFiniteError
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 MAX_PIXELS = 64_000_000
+SIDES = (8, 16_384)  # pixels: the width of one latent value; more than anybody draws
 WHITE = (255, 255, 255)
 
 
@@ -108,22 +114,83 @@ def to_pictures(pixels: Tensor) -> list[Picture]:
 
 def to_tensor(pictures: Picture | Sequence[Picture]) -> Tensor:
     """Return pixels [b, 3, h, w] in -1..1, float32, of pictures of one size. Raises ImageError where the sizes differ."""
+    return 2.0 * to_unit(pictures) - 1.0
+
+
+def to_unit(pictures: Picture | Sequence[Picture]) -> Tensor:
+    """Return pixels [b, 3, h, w] in 0..1, float32, as ControlNets take them. Raises ImageError where the sizes differ."""
     pictures = [pictures] if isinstance(pictures, Picture) else list(pictures)
     _one_size(pictures)
     levels = np.stack([picture.pixels for picture in pictures]).astype(np.float32) / 255.0
-    return 2.0 * torch.from_numpy(levels).permute(0, 3, 1, 2).contiguous() - 1.0
+    return torch.from_numpy(levels).permute(0, 3, 1, 2).contiguous()
+
+
+def to_mask(mask: Picture) -> Tensor:
+    """Return a mask [1, 1, h, w] in 0..1, float32: 1 is repainted, 0 is kept."""
+    levels = np.array(mask.pil.convert("L")).astype(np.float32) / 255.0
+    return torch.from_numpy(levels)[None, None]
 
 
 def open_picture(path: str | Path, background: tuple[int, int, int] = WHITE) -> Picture:
     """Read a PNG, JPEG or WebP by the rules above; transparent parts show `background`.
 
-    Raises ImageError for anything else, for what is cut off, and for more than 64 megapixels. Warns about a second frame.
+    Raises ImageError for anything else, for what is cut off, and for sides and sizes beyond the limits. Warns about a second
+    frame.
     """
     with _opened(path) as (file, metadata):
+        if not all(SIDES[0] <= side <= SIDES[1] for side in file.size):
+            w, h = file.size
+            raise ImageError(
+                f"{path}: {w} x {h} pixels; expected sides from {SIDES[0]} to {SIDES[1]}; scale or crop it"
+            )
         if (frames := getattr(file, "n_frames", 1)) > 1:
             warnings.warn(f"{path}: animated; only the first of {frames} frames is used", stacklevel=2)
         file.load()
         return Picture(np.array(_rgb(_upright(file, path), background)), metadata)
+
+
+def open_mask(path: str | Path, picture: Picture | None = None) -> Picture:
+    """Read a mask for `picture` by the rules above, as grey [h, w, 3]: white is repainted, black and transparent is kept.
+
+    Raises ImageError as `open_picture` does; for a mask of another size than the picture; for one in which nothing is white.
+    """
+    mask = Picture(np.array(open_picture(path, background=(0, 0, 0)).pil.convert("L").convert("RGB")))
+    if picture is not None and mask.size != picture.size:
+        (w, h), (w2, h2) = mask.size, picture.size
+        raise ImageError(f"{path}: the mask is {w} x {h}, its picture {w2} x {h2} pixels; make them one size")
+    if mask.pixels.max() < 128:
+        raise ImageError(
+            f"{path}: nothing in this mask is white, so nothing would be repainted; paint white what shall change"
+        )
+    return mask
+
+
+def fit(picture: Picture, w: int, h: int, how: str = "crop") -> Picture:
+    """Return the picture (or mask) at w x h pixels, its metadata kept; scaled by Lanczos' filter, as diffusers does.
+
+    "crop" keeps the proportions and cuts off what hangs over, the same at both ends; "pad" keeps them and all of the picture,
+    and goes on with the colours of its border; "stretch" keeps neither. Raises ImageError for another word, and where the
+    picture is so long that "pad" would leave nothing of its short side.
+    """
+    if how not in ("crop", "pad", "stretch"):
+        raise ImageError(f"fit: expected crop, pad or stretch, found {how!r:.80}")
+    w2, h2 = picture.size
+    if how == "stretch":
+        w2, h2 = w, h
+    elif (w2 * h > w * h2) == (
+        how == "crop"
+    ):  # of a picture that is wider than wished the height must do, or else the width
+        w2, h2 = w2 * h // h2, h
+    else:
+        w2, h2 = w, h2 * w // w2
+    if not w2 or not h2:
+        long, short = max(picture.size), min(picture.size)
+        raise ImageError(f"picture: {long} to {short} is too long to fit {w} x {h} pixels whole; crop it")
+    pixels = np.array(picture.pil.resize((w2, h2), Image.Resampling.LANCZOS))
+    left, top = w // 2 - w2 // 2, h // 2 - h2 // 2
+    pixels = pixels[max(-top, 0) : h - top, max(-left, 0) : w - left]
+    beyond = [(max(top, 0), max(h - top - h2, 0)), (max(left, 0), max(w - left - w2, 0)), (0, 0)]
+    return Picture(np.ascontiguousarray(np.pad(pixels, beyond, mode="edge")), dict(picture.metadata))
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
@@ -290,6 +357,8 @@ def _opened(path: str | Path) -> Iterator[tuple[Image.Image, dict[str, Any]]]:
             if not 0 < w * h <= MAX_PIXELS:
                 raise Image.DecompressionBombError
             yield file, _metadata(file)
+    except ImageError:
+        raise
     except Image.DecompressionBombError:
         problem = f"more than {MAX_PIXELS // 10**6} megapixels, or none; make it smaller"
     except Image.UnidentifiedImageError:

@@ -16,14 +16,18 @@ from PIL import Image, PngImagePlugin
 from sdcore.errors import ImageError, NonFiniteError
 from sdcore.image import (
     Picture,
+    fit,
     grid,
+    open_mask,
     open_picture,
     parameters_text,
     parse_parameters,
     read_metadata,
     strip,
+    to_mask,
     to_pictures,
     to_tensor,
+    to_unit,
     write_whole,
 )
 
@@ -59,6 +63,7 @@ def test_reads_levels_as_diffusers(picture):
     from diffusers.image_processor import VaeImageProcessor
 
     assert torch.equal(to_tensor(picture), VaeImageProcessor().preprocess(picture.pil))
+    assert torch.equal(to_unit(picture), VaeImageProcessor(do_normalize=False).preprocess(picture.pil))
     assert to_tensor([picture, picture]).shape == (2, 3, 48, 64)
     assert np.array_equal(to_pictures(to_tensor(picture))[0], picture)
 
@@ -171,20 +176,157 @@ def test_modes(tmp_path):
 
 def test_transparency_hides(tmp_path):
     """The colour under full transparency is the background, whatever the file keeps there."""
-    rgba = np.zeros((2, 2, 4), np.uint8)
+    rgba = np.zeros((16, 16, 4), np.uint8)
     rgba[..., 0] = 200
-    rgba[0, :, 3] = 255
-    rgba[1, 0, 3] = 128
-    (tmp_path / "x").mkdir()
+    rgba[:8, :, 3] = 255  # above it is opaque, below it is half so at the left and clear at the right
+    rgba[8:, :8, 3] = 128
     Image.fromarray(rgba).save(tmp_path / "a.png")
     white, green = open_picture(tmp_path / "a.png"), open_picture(tmp_path / "a.png", background=(0, 255, 0))
-    assert np.asarray(white)[0, 0].tolist() == [200, 0, 0] and np.asarray(white)[1, 1].tolist() == [255, 255, 255]
-    assert np.asarray(green)[1, 1].tolist() == [0, 255, 0] and np.asarray(green)[1, 0].tolist() == [100, 127, 0]
+    assert np.asarray(white)[0, 0].tolist() == [200, 0, 0] and np.asarray(white)[9, 9].tolist() == [255, 255, 255]
+    assert np.asarray(green)[9, 9].tolist() == [0, 255, 0] and np.asarray(green)[9, 0].tolist() == [100, 127, 0]
     la = Image.fromarray(rgba[..., [0, 3]])
-    assert np.asarray(saved(tmp_path / "la.png", la))[1, 1].tolist() == [255, 255, 255]
-    palette = Image.fromarray(rgba[..., :3]).convert("P")
+    assert np.asarray(saved(tmp_path / "la.png", la))[9, 9].tolist() == [255, 255, 255]
+    palette = Image.fromarray(rgba[..., :3]).convert("P", dither=Image.Dither.NONE)
     clear = palette.getpixel((0, 0))
     assert np.asarray(saved(tmp_path / "p.png", palette, transparency=clear)).min() == 255
+    assert saved(tmp_path / "a.webp", Image.fromarray(rgba), lossless=True).pixels[9, 9].tolist() == [255, 255, 255]
+
+
+def deep_png(levels: np.ndarray, kind: int, *chunks: bytes) -> bytes:
+    """A PNG of 16 bits a channel: levels [h, w, c], kind 2 for colour, 4 for grey with alpha, 6 for colour with alpha."""
+    h, w, _ = levels.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in levels)
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", w, h, 16, kind, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + b"".join(chunks) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def test_deep_colour_keeps_its_high_byte(tmp_path):
+    levels = np.random.default_rng(0).integers(0, 65536, (9, 11, 4))
+    levels[4:, :, 3], levels[:4, :, 3] = 0, 65535
+    (tmp_path / "a.png").write_bytes(deep_png(levels[..., :3], 2))
+    assert np.array_equal(open_picture(tmp_path / "a.png"), levels[..., :3] >> 8)
+    (tmp_path / "a.png").write_bytes(deep_png(levels, 6))
+    found = np.asarray(open_picture(tmp_path / "a.png"))
+    assert np.array_equal(found[:4], levels[:4, :, :3] >> 8) and found[4:].min() == 255
+    (tmp_path / "a.png").write_bytes(deep_png(levels[..., [0, 3]], 4))
+    found = np.asarray(open_picture(tmp_path / "a.png"))
+    assert np.array_equal(found[:4, :, 1], levels[:4, :, 0] >> 8) and found[4:].min() == 255
+
+
+def test_colour_profiles_are_not_applied(tmp_path, picture):
+    from PIL import ImageCms
+
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("XYZ")).tobytes()
+    assert np.array_equal(saved(tmp_path / "a.png", picture.pil, icc_profile=profile), picture)
+
+
+def test_the_name_says_nothing(tmp_path, picture):
+    picture.pil.save(tmp_path / "a.webp", "PNG")
+    assert np.array_equal(open_picture(tmp_path / "a.webp"), picture)
+    picture.pil.save(tmp_path / "b.png", "JPEG")
+    assert open_picture(tmp_path / "b.png").size == picture.size
+
+
+@pytest.mark.parametrize("w, h", [(1, 1), (7, 64), (64, 7), (16_385, 8), (50_000, 8), (50_000, 1), (8, 50_000)])
+def test_sides(tmp_path, w, h):
+    Image.new("L", (w, h)).save(tmp_path / "a.png")
+    with pytest.raises(ImageError, match=f"a.png: {w} x {h} pixels; expected sides from 8 to 16384"):
+        open_picture(tmp_path / "a.png")
+    with pytest.raises(ImageError, match=f"a.png: {w} x {h} pixels"):
+        open_mask(tmp_path / "a.png")
+
+
+def test_sides_just_allowed(tmp_path):
+    for size in ((8, 8), (16_384, 8), (8, 16_384)):
+        assert saved(tmp_path / "a.png", Image.new("L", size)).size == size
+
+
+# --- masks
+
+
+def test_masks(tmp_path, picture):
+    """White is repainted; colours by their brightness; what nobody painted, in a layer with alpha, is kept."""
+    levels = np.arange(0, 256, 4, dtype=np.uint8)[None].repeat(48, 0)
+    Image.fromarray(levels).save(tmp_path / "grey.png")
+    mask = open_mask(tmp_path / "grey.png", picture)
+    assert np.array_equal(mask.pixels, levels[..., None].repeat(3, 2))
+    found = to_mask(mask)
+    assert found.shape == (1, 1, 48, 64) and torch.equal(found[0, 0], torch.from_numpy(levels.astype(np.float32) / 255))
+
+    Image.fromarray(levels > 200).save(tmp_path / "bits.png")
+    assert np.array_equal(open_mask(tmp_path / "bits.png").pixels[..., 0], (levels > 200) * 255)
+
+    colour = np.zeros((48, 64, 3), np.uint8)
+    colour[:24] = 255, 255, 0
+    Image.fromarray(colour).save(tmp_path / "colour.png")
+    found = open_mask(tmp_path / "colour.png").pixels
+    assert found[0, 0].tolist() == [226] * 3 and found[-1, 0].tolist() == [0] * 3
+
+    layer = np.full((48, 64, 4), 255, np.uint8)
+    layer[:, 32:, 3] = 0  # white, but clear
+    layer[:, 16:32, 3] = 100
+    Image.fromarray(layer).save(tmp_path / "layer.png")
+    assert open_mask(tmp_path / "layer.png").pixels[0, ::16, 0].tolist() == [255, 100, 0, 0]
+
+
+def test_mask_as_diffusers(tmp_path, picture):
+    from diffusers.image_processor import VaeImageProcessor
+
+    picture.pil.save(tmp_path / "a.png")
+    theirs = VaeImageProcessor(do_normalize=False, do_binarize=True, do_convert_grayscale=True).preprocess(picture.pil)
+    assert torch.equal((to_mask(open_mask(tmp_path / "a.png")) >= 0.5).float(), theirs)
+
+
+@pytest.mark.parametrize("level, size, says", [
+    (0, (64, 48), "nothing in this mask is white"), (127, (64, 48), "nothing in this mask is white"),
+    (255, (48, 64), "the mask is 48 x 64, its picture 64 x 48 pixels"),
+])  # fmt: skip
+def test_masks_that_are_none(tmp_path, picture, level, size, says):
+    Image.new("L", size, level).save(tmp_path / "mask.png")
+    with pytest.raises(ImageError, match=says) as error:
+        open_mask(tmp_path / "mask.png", picture)
+    assert "mask.png" in str(error.value) and "\n" not in str(error.value)
+
+
+# --- to size
+
+
+SIZES = [(64, 48), (48, 64), (100, 100), (33, 127), (9, 8), (130, 8), (8, 90), (200, 61)]
+
+
+@pytest.mark.parametrize("how, theirs", [("crop", "crop"), ("stretch", "default"), ("pad", "fill")])
+def test_fit_as_diffusers(how, theirs):
+    from diffusers.image_processor import VaeImageProcessor
+
+    g = np.random.default_rng(0)
+    for w, h in SIZES:
+        picture = Picture(g.integers(0, 256, (h, w, 3), dtype=np.uint8), dict(SETTINGS))
+        for size in [(64, 64), (72, 40), (48, 104), (w, h)]:
+            found = fit(picture, *size, how)
+            peer = np.array(VaeImageProcessor().resize(picture.pil, size[1], size[0], resize_mode=theirs))
+            assert found.size == size and found.metadata == SETTINGS
+            if how == "pad":  # diffusers sharpens its border outwards; here it goes on as it is
+                w2, h2 = min(size[0], w * size[1] // h), min(size[1], h * size[0] // w)
+                left, top = size[0] // 2 - w2 // 2, size[1] // 2 - h2 // 2
+                inside = (slice(top, top + h2), slice(left, left + w2))
+                assert np.array_equal(found.pixels[inside], peer[inside]), (w, h, size)
+                margins = ((top, size[1] - top - h2), (left, size[0] - left - w2), (0, 0))
+                assert np.array_equal(found, np.pad(peer[inside], margins, mode="edge"))
+            else:
+                assert np.array_equal(found, peer), (w, h, size)
+
+
+def test_fit_of_what_fits_is_itself(picture):
+    for how in ("crop", "pad", "stretch"):
+        assert np.array_equal(fit(picture, 64, 48, how), picture)
+
+
+def test_fit_says_what_is_wrong(picture):
+    with pytest.raises(ImageError, match="expected crop, pad or stretch, found 'fill'"):
+        fit(picture, 64, 64, "fill")
+    with pytest.raises(ImageError, match="16000 to 8 is too long to fit 512 x 512"):
+        fit(Picture(np.zeros((8, 16000, 3), np.uint8)), 512, 512, "pad")
+    assert fit(Picture(np.zeros((8, 16000, 3), np.uint8)), 512, 512, "stretch").size == (512, 512)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
