@@ -288,12 +288,15 @@ def begin(
     """The latent to start from, and what goes with it. `begun`: the picture is a latent at the level of the first step."""
     b, factor = len(draw.generators), pipe.vae.config.factor
     shape = (pipe.vae.config.latent_channels, given.size[1] // factor, given.size[0] // factor)
-    pure = given.strength == 1 and not begun
+    pure = (
+        given.strength == 1 and given.mask is not None and not begun
+    )  # a picture without a mask shows through even at 1
     small = labels = z = None
     if given.kind == "upscale":
         small, labels = blurred(pipe, given, draw, noise_level)
     stays = given.mask is not None and given.kind != "inpaint" or given.by_place is not None
-    if given.kind != "upscale" and given.kind != "instruct" and (stays or not pure):
+    shown = (given.pixels is not None or given.latents is not None) and given.kind not in ("upscale", "instruct")
+    if shown and (stays or not pure):
         z = given.latents if given.latents is not None else pipe.encode_image(repeated(given.pixels, b), draw)
         z = repeated(z, b).to(pipe.device)
     if noise is None:
