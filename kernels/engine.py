@@ -132,8 +132,10 @@ class Accelerated(Pipeline):
         return CapturedRun(**{f.name: getattr(run, f.name) for f in fields(Run)}) if fits(run) else run
 
     @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        """As `Pipeline.decode`."""
+    def decode(self, latents: Tensor, notices: list[str] | None = None, *, tiling: str | None = None) -> Tensor:
+        """As `Pipeline.decode`; tiles and fp16 go its way, without graphs."""
+        if tiling is not None or next(self.vae.parameters()).dtype == torch.float16:
+            return super().decode(latents, notices, tiling=tiling)
         mirror, dtype = self.mirror(self.vae), next(self.vae.parameters()).dtype
         z = (latents / self.vae.config.scaling_factor).to(self.device, dtype)
         pixels = []

@@ -34,6 +34,7 @@ from sdcore.guidance import Guidance, denoiser
 from sdcore.network import Network, Scene
 from sdcore.samplers import Noise, Step, sample
 from sdcore.scheduler import SchedulerConfig
+from sdcore.tiling import decode_safely, encode_safely
 from sdcore.tokenizer import Tokenizer
 from sdcore.unet import UNet
 from sdcore.vae import VAE
@@ -249,7 +250,7 @@ class Pipeline:
             draw,
             seeds,
             notices,
-            lambda latents: tasks.finish(given, self.decode(latents)),
+            lambda latents: tasks.finish(given, self.decode(latents, notices)),
             begin.edit,
         )
 
@@ -279,30 +280,33 @@ class Pipeline:
         return conditions[0]
 
     @torch.no_grad()
-    def encode_image(self, pixels: Tensor, draw: Noise | None = None) -> Tensor:
+    def encode_image(
+        self, pixels: Tensor, draw: Noise | None = None, notices: list[str] | None = None, *, tiling: str | None = None
+    ) -> Tensor:
         """Pixels [b, 3, H, W] in -1..1 -> latents [b, z, h, w] fp32, multiplied by the scaling factor.
 
         A draw from what the encoder says of each picture, or the middle of it where there is no `draw` to take noise from.
+        `notices` and `tiling` as in `decode`.
         """
         self._place(self.vae)
-        dtype = next(self.vae.parameters()).dtype
-        moments = [self.vae.encode(one.to(self.device, dtype)) for one in pixels.split(1)]
-        mean = torch.cat([m.mean for m in moments])
-        z = mean
-        if draw is not None:
-            noise = draw.draw(*mean.shape[1:]).to(mean)
-            z = torch.cat([m.sample(one) for m, one in zip(moments, noise.split(1), strict=True)])
-        check_finite(z, f"the encoder, running in {_short(dtype)}")
+        moments, notice = encode_safely(self.vae, pixels.to(self.device), tiling)
+        self._say(notice, notices)
+        z = moments.mean if draw is None else moments.sample(draw.draw(*moments.mean.shape[1:]).to(moments.mean))
+        check_finite(z, f"the encoder, running in {_short(next(self.vae.parameters()).dtype)}")
         return z.float() * self.vae.config.scaling_factor
 
     @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        """Latents [b, c, h, w] -> pixels [b, 3, H, W] fp32, about -1..1. One after the other, to spare memory."""
+    def decode(self, latents: Tensor, notices: list[str] | None = None, *, tiling: str | None = None) -> Tensor:
+        """Latents [b, c, h, w] -> pixels [b, 3, H, W] fp32, about -1..1. One after the other, to spare memory.
+
+        `tiling` takes less memory for large pictures: "exact" or "fast", see sdcore/tiling.py. A decoder that overflows half
+        precision is run in fp32, which `notices` is told. Raises NonFiniteError, ConfigError.
+        """
         self._place(self.vae)
-        dtype = next(self.vae.parameters()).dtype
-        z = (latents / self.vae.config.scaling_factor).to(self.device, dtype)
-        pixels = torch.cat([self.vae.decode(one) for one in z.split(1)]).float()
-        check_finite(pixels, f"the decoder, running in {_short(dtype)}")
+        z = (latents / self.vae.config.scaling_factor).to(self.device)
+        pixels, notice = decode_safely(self.vae, z, tiling)
+        self._say(notice, notices)
+        check_finite(pixels, f"the decoder, running in {_short(next(self.vae.parameters()).dtype)}")
         return pixels
 
     # ------------------------------------------------------------------------------------------------ what the UNet is told

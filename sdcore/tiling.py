@@ -71,10 +71,10 @@ def decode_safely(vae: VAE, z: Tensor, tiling: str | None = None) -> tuple[Tenso
 
 
 def encode_safely(vae: VAE, pixels: Tensor, tiling: str | None = None) -> tuple[Moments, str]:
-    """Pixels [b, 3, f h, f w] fp32 in -1..1 -> (mean and log-variance [b, z, h, w] fp32, what to tell the user or "")."""
+    """Pixels [b, 3, f h, f w] fp32 in -1..1 -> (mean and log-variance [b, z, h, w], fp32 at least, what to tell the user or "")."""
 
     def work(model: VAE, one: Tensor) -> Tensor:
-        return torch.cat(encode(model, one, tiling), dim=1).float()
+        return _wide(torch.cat(encode(model, one, tiling), dim=1))
 
     moments, notice = _safely(vae, pixels, work, "encoder")
     return Moments(*moments.chunk(2, dim=1)), notice

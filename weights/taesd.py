@@ -49,7 +49,8 @@ def taesd_config(values: dict, where: Path) -> TAESDConfig:
     table = configs.Table(values, where / "config.json")
     if table.get("_class_name") != "AutoencoderTiny":
         raise table.wrong("_class_name", "AutoencoderTiny")
-    widths, blocks = [], []
+    widths: list[int] = []
+    blocks: list[tuple[int, ...]] = []
     for half, usual in (("encoder", TAESDConfig.encoder_blocks), ("decoder", TAESDConfig.decoder_blocks)):
         blocks.append(table.levels(f"num_{half}_blocks", usual, 4, configs.between(1, 16)))
         widths += table.levels(f"{half}_block_out_channels", 64, 4, configs.between(1, 1024))
