@@ -333,7 +333,7 @@ def pieces(d: int) -> tuple[int, int]:
 
 def tile(kernel: str, d: int, dtype: torch.dtype, exact: bool) -> Tile:
     """The tile of "forward", "queries" or "keys" (the halves of backward)."""
-    widest = next(width for width in (64, 96, 192) if sum(pieces(d)) <= width)
+    widest = next(width for width in WIDTHS if sum(pieces(d)) <= width)
     cut = TILES[kernel, widest, dtype.itemsize]
     if exact:  # what rounding lost needs registers of its own
         return cut._replace(M=32) if kernel == "keys" else cut._replace(warps=8)
@@ -342,20 +342,23 @@ def tile(kernel: str, d: int, dtype: torch.dtype, exact: bool) -> Tile:
 
 # Chosen by what the compiler makes of them for sm_90 (registers, shared memory, instructions of the loop), not yet by a clock.
 # 128 queries a tile halve what is read of the keys; 64 where a wide head leaves no registers for more, or where 128 would leave
-# processors idle. fp32 does not use the tensor cores.
+# processors idle. fp32 does not use the tensor cores; its tiles and warps are those with which no register spills on any target.
+WIDTHS = (48, 64, 96, 192)
 TILES = {  # (kernel, width of the pieces up to, bytes a number)
-    ("forward", 64, 2): Tile(128, 64, 4, 3),
+    **{("forward", width, 2): Tile(128, 64, 4, 3) for width in (48, 64)},
     ("forward", 96, 2): Tile(128, 64, 8, 3),
     ("forward", 192, 2): Tile(64, 64, 4, 2),
-    ("queries", 64, 2): Tile(128, 64, 8, 2),
+    **{("queries", width, 2): Tile(128, 64, 8, 2) for width in (48, 64)},
     ("queries", 96, 2): Tile(64, 64, 4, 2),
     ("queries", 192, 2): Tile(64, 32, 4, 2),
-    ("keys", 64, 2): Tile(64, 128, 8, 2),
-    ("keys", 96, 2): Tile(64, 64, 4, 2),
+    **{("keys", width, 2): Tile(64, 128, 8, 2) for width in (48, 64)},
+    ("keys", 96, 2): Tile(32, 64, 4, 2),
     ("keys", 192, 2): Tile(16, 64, 8, 2),
-    **{("forward", width, 4): Tile(32, 16, 8, 1) for width in (64, 96, 192)},
-    **{("queries", width, 4): Tile(16, 16, 8, 1) for width in (64, 96, 192)},
-    **{("keys", width, 4): Tile(16, 32, 8, 1) for width in (64, 96, 192)},
+    **{("forward", width, 4): Tile(32, 16, 8, 1) for width in WIDTHS},
+    ("queries", 48, 4): Tile(16, 16, 8, 1),
+    ("queries", 64, 4): Tile(16, 16, 16, 1),
+    **{("queries", width, 4): Tile(16, 16, 8, 2) for width in (96, 192)},
+    **{("keys", width, 4): Tile(16, 32, 8, 1) for width in WIDTHS},
 }
 WIDEST, WIDEST_FP32 = 192, 128  # heads; wider ones would not fit the registers
 PROGRAMS = 256  # the keys of a text are few: about so many programs share the queries that look at them

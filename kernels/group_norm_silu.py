@@ -38,7 +38,11 @@ TILES = {
     False: (256, 16),
 }  # channels last? -> positions, channels of a tile: the long side lies in memory
 WARPS = 4
-SMALL = 16384  # numbers of a group, rounded up to powers of two, that `small` holds in registers
+MANY_WARPS = 8  # for `moments` and `combine`, which hold more numbers at once
+SMALL = {
+    True: 16384,
+    False: 8192,
+}  # channels last? -> numbers of a group, rounded up to powers of two, that registers hold
 PROGRAMS = 1056  # wanted for a picture: eight for each of the 132 multiprocessors of an H100 or H200
 MERGED = 8192  # numbers that `combine` holds in registers
 
@@ -245,15 +249,17 @@ def sizes(x: Tensor, groups: int) -> tuple[int, int, int, int]:
     return b, c, x.numel() // (b * c), c // groups
 
 
-def whole_group(s: int, j: int) -> dict[str, int] | None:
+def whole_group(s: int, j: int, last: bool) -> dict[str, int] | None:
     """The tile with which `small` holds a group; None where it is too large."""
     tile = {"POSITIONS": triton.next_power_of_2(s), "CHANNELS": triton.next_power_of_2(j)}
-    return tile if tile["POSITIONS"] * tile["CHANNELS"] <= SMALL else None
+    return tile if tile["POSITIONS"] * tile["CHANNELS"] <= SMALL[last] else None
 
 
 def small_warps(tile: dict[str, int]) -> int:
-    """At most 32 numbers a thread."""
-    return min(16, max(4, tile["POSITIONS"] * tile["CHANNELS"] // 1024))
+    """At most 32 numbers a thread; 16 where a large tile is also wide, for otherwise registers spill."""
+    numbers = tile["POSITIONS"] * tile["CHANNELS"]
+    wide = numbers > 8192 and tile["CHANNELS"] >= 64
+    return 32 if wide else min(16, max(4, numbers // 1024))
 
 
 def slabs_of(b: int, c: int, s: int, j: int, last: bool) -> tuple[int, int]:
@@ -279,7 +285,7 @@ def forward(
     last = is_channels_last(x)
     y = empty_like(x)
     mean, rstd = empty((b, groups), x, torch.float32), empty((b, groups), x, torch.float32)
-    group = whole_group(s, j)
+    group = whole_group(s, j, last)
     if group:
         small[(groups, b)](
             x, y, weight, bias, mean, rstd, c, s, j, eps, LAST=last, SILU=silu, **group, num_warps=small_warps(group)
@@ -289,10 +295,10 @@ def forward(
     slabs, size = slabs_of(b, c, s, j, last)
     columns = triton.cdiv(c, tile["CHANNELS"])
     means, squares = (empty((b, slabs, c), x, torch.float32) for _ in range(2))
-    moments[(slabs, columns, b)](x, means, squares, c, s, size, **tile, num_warps=WARPS)
+    moments[(slabs, columns, b)](x, means, squares, c, s, size, **tile, num_warps=MANY_WARPS)
     combine[(groups, b)](
         means, squares, mean, rstd, c, s, j, slabs, size, eps,
-        SLABS=triton.next_power_of_2(slabs), CHANNELS=triton.next_power_of_2(j), num_warps=WARPS,
+        SLABS=triton.next_power_of_2(slabs), CHANNELS=triton.next_power_of_2(j), num_warps=MANY_WARPS,
     )  # fmt: skip
     grid = (triton.cdiv(s, tile["POSITIONS"]), columns, b)
     apply[grid](x, y, weight, bias, mean, rstd, c, s, j, SILU=silu, **tile, num_warps=WARPS)
@@ -414,20 +420,20 @@ def builds() -> list[Build]:
 
         for last in (True, False):
             tile = tile_of(last)
-            add(moments, WARPS, tile)
+            add(moments, MANY_WARPS, tile)
             for silu in (True, False):
                 for kernel in (apply, gradient_sums, gradient_apply):
                     add(kernel, WARPS, {"SILU": silu, **tile})
             for c, side in SHAPES:
                 j, s = c // 32, side * side
-                group = whole_group(s, j)
+                group = whole_group(s, j, last)
                 if group:
                     for silu in (True, False):
                         add(small, small_warps(group), {"LAST": last, "SILU": silu, **group})
                 elif dtype == torch.float32:  # `combine` works on fp32 alone
                     for b in (1, 2):
                         slabs = triton.next_power_of_2(slabs_of(b, c, s, j, last)[0])
-                        add(combine, WARPS, {"SLABS": slabs, "CHANNELS": triton.next_power_of_2(j)})
+                        add(combine, MANY_WARPS, {"SLABS": slabs, "CHANNELS": triton.next_power_of_2(j)})
     return list(found.values())
 
 

@@ -1,6 +1,6 @@
 """diffusers' own pipeline on our weights, for the same run: eager, or compiled as its documentation says is fastest.
 
-Only the bench uses this, and only where diffusers is installed.
+Only the bench and the tests use this, and only where diffusers is installed.
 
 Legend: b pictures, k text tokens, d text width, c h w latent.
 """
@@ -29,9 +29,9 @@ def unet_of(c: UNetConfig) -> Any:
     import diffusers
 
     last = len(c.channels) - 1
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"num_class_embeds": c.class_embeddings} if c.class_embeddings else {}
     if c.added_dim:
-        options = {
+        options |= {
             "addition_embed_type": "text_time",
             "addition_time_embed_dim": c.added_time_dim,
             "projection_class_embeddings_input_dim": c.added_dim,
@@ -49,6 +49,7 @@ def unet_of(c: UNetConfig) -> Any:
         cross_attention_dim=c.context_dim,
         use_linear_projection=c.linear_projection,
         upcast_attention=c.upcast_attention,
+        only_cross_attention=list(c.cross_only),
         norm_num_groups=c.norm_groups,
         **options,
     )

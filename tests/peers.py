@@ -6,9 +6,9 @@
 import math
 from dataclasses import replace
 
-import diffusers
 import torch
 import transformers
+from sdcore.kernels.peers import unet_of, vae_of
 from torch import nn
 
 from sdcore.clip import CLIPText, CLIPTextConfig, CLIPVision, CLIPVisionConfig
@@ -18,7 +18,9 @@ from sdcore.vae import VAE, VAEConfig
 
 def theirs_of(config) -> nn.Module:
     """The peer's module for one of our configurations, on the current default device."""
-    return {UNetConfig: _unet, VAEConfig: _vae, CLIPTextConfig: _text, CLIPVisionConfig: _vision}[type(config)](config)
+    return {UNetConfig: unet_of, VAEConfig: vae_of, CLIPTextConfig: _text, CLIPVisionConfig: _vision}[type(config)](
+        config
+    )
 
 
 def ours_of(config) -> nn.Module:
@@ -101,48 +103,6 @@ def inputs(config: UNetConfig, size: tuple[int, int] = (16, 16), batch: int = 2,
         labels = torch.tensor([20, 300, 0, 999])[:batch]
         peer["class_labels"] = labels
     return (x, t, context, added, labels), peer
-
-
-def _unet(c: UNetConfig) -> nn.Module:
-    last = len(c.channels) - 1
-    options = {}
-    if c.class_embeddings:
-        options["num_class_embeds"] = c.class_embeddings
-    if c.added_dim:
-        options.update(
-            addition_embed_type="text_time",
-            addition_time_embed_dim=c.added_time_dim,
-            projection_class_embeddings_input_dim=c.added_dim,
-        )
-    return diffusers.UNet2DConditionModel(
-        in_channels=c.in_channels,
-        out_channels=c.out_channels,
-        sample_size=c.sample_size,
-        block_out_channels=c.channels,
-        layers_per_block=c.layers,
-        down_block_types=["CrossAttnDownBlock2D" if d else "DownBlock2D" for d in c.depths],
-        up_block_types=["CrossAttnUpBlock2D" if d else "UpBlock2D" for d in c.depths[::-1]],
-        transformer_layers_per_block=[d or (c.mid_depth if i == last else 1) for i, d in enumerate(c.depths)],
-        attention_head_dim=list(c.heads),
-        cross_attention_dim=c.context_dim,
-        use_linear_projection=c.linear_projection,
-        upcast_attention=c.upcast_attention,
-        only_cross_attention=list(c.cross_only),
-        norm_num_groups=c.norm_groups,
-        **options,
-    )
-
-
-def _vae(c: VAEConfig) -> nn.Module:
-    levels = len(c.channels)
-    return diffusers.AutoencoderKL(
-        block_out_channels=c.channels,
-        down_block_types=["DownEncoderBlock2D"] * levels,
-        up_block_types=["UpDecoderBlock2D"] * levels,
-        layers_per_block=c.layers,
-        latent_channels=c.latent_channels,
-        norm_num_groups=c.norm_groups,
-    )
 
 
 def _text(c: CLIPTextConfig) -> nn.Module:

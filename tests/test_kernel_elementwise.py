@@ -1,6 +1,6 @@
 """Kernels that touch every number once: GEGLU, and guidance with the sampler's move. And the folded upsampling convolution.
 
-Numbers are judged against fp64, by the rule of `tests/interpreted.py`.
+Numbers are judged against fp64, by the rule of `kernels/judge.py`.
 """
 
 import pytest

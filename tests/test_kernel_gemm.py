@@ -1,6 +1,6 @@
 """Linear layers with epilogues: bias, GEGLU, residual, and a low-rank adapter; and convolutions as GEMMs.
 
-Numbers are judged against fp64, by the rule of `tests/interpreted.py`. Widths are those of the released models scaled down, and
+Numbers are judged against fp64, by the rule of `kernels/judge.py`. Widths are those of the released models scaled down, and
 ragged ones; `tile` sees to it that every way to cut the work is taken.
 """
 

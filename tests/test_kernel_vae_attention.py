@@ -1,6 +1,6 @@
 """The autoencoder's attention: one wide head as two matrix products and a softmax.
 
-Numbers are judged against fp64, by the rule of `tests/interpreted.py`.
+Numbers are judged against fp64, by the rule of `kernels/judge.py`.
 """
 
 import pytest

@@ -83,6 +83,10 @@ def test_small_keeps_what_matters(kind):
             assert small.c == shape.c and small.eps == shape.eps
         if kind in ("layer_norm", "geglu"):
             assert small.d == shape.d
+        if kind == "linear":
+            assert (small.out == 8 * small.d) == (shape.out == 8 * shape.d) and small.bias == shape.bias
+        if kind == "conv":
+            assert (small.side, small.stride, small.padded) == (shape.side, shape.stride, shape.padded)
 
 
 def test_what_is_not_there_is_an_error():
