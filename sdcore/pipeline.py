@@ -487,6 +487,13 @@ class Pipeline:
                     f"{MAX_SIDE}, the nearest {' or '.join(map(str, near))}"
                 )
 
+    def _say(self, notice: str, notices: list[str] | None) -> None:
+        """Tell the user something, if there is something to tell."""
+        if notice:
+            log.warning(notice)
+            if notices is not None:
+                notices.append(notice)
+
     def _place(self, *parts: nn.Module) -> None:
         """With `offload`: bring the parts that work next to the device, and all others home to the CPU."""
         if not self.offload:
