@@ -42,7 +42,7 @@ class ControlNetConfig(UNetConfig):
 
 def of_unet(config: UNetConfig, **own) -> ControlNetConfig:
     """The sizes of a ControlNet for a UNet of these sizes."""
-    return ControlNetConfig(**{**config.__dict__, **own})
+    return ControlNetConfig(**{**config.__dict__, "guidance_dim": 0, **own})
 
 
 SD15_CONTROL = ControlNetConfig()

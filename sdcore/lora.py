@@ -217,6 +217,11 @@ def version(model: nn.Module) -> int:
     return _table(model).version
 
 
+def base_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The model's own tensors by their names in its state dict, themselves: without anything that was merged into them."""
+    return {name: _table(model).originals.get(name, tensor) for name, tensor in model.state_dict().items()}
+
+
 def is_attached(module: nn.Module) -> bool:
     """Whether this layer computes with something beside its own parameters."""
     return "adapter_up" in module._buffers

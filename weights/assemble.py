@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from sdcore.clip import CLIPText, CLIPVision
+from sdcore.controlnet import ControlNet, ControlNetUnion
 from sdcore.errors import CheckpointError, NonFiniteError
 from sdcore.ip_adapter import IPAdapter
+from sdcore.t2i_adapter import T2IAdapter
 from sdcore.taesd import TAESD
 from sdcore.unet import UNet
 from sdcore.vae import VAE
@@ -21,7 +23,8 @@ from .files import one_line
 
 Tensors = dict[str, Tensor]
 MODULES = {"unet": UNet, "vae": VAE, "text_encoder": CLIPText, "text_encoder_2": CLIPText,
-           "image_encoder": CLIPVision, "ip_adapter": IPAdapter, "taesd": TAESD}  # fmt: skip
+           "image_encoder": CLIPVision, "ip_adapter": IPAdapter, "taesd": TAESD,
+           "controlnet": ControlNet, "controlnet_union": ControlNetUnion, "t2i_adapter": T2IAdapter}  # fmt: skip
 
 
 class NonFiniteWeights(CheckpointError, NonFiniteError):

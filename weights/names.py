@@ -74,6 +74,15 @@ def unet_modules(config) -> Modules:
     return modules
 
 
+def controlnet_modules(config) -> Modules:
+    """Our modules of a ControlNet -> the original's: a UNet's, with a stem for the picture and a convolution at every exit."""
+    modules = unet_modules(config) | {"controlnet_mid_block": "middle_block_out.0"}
+    exits = 1 + len(config.channels) * (config.layers + 1)
+    modules |= {f"controlnet_down_blocks.{i}": f"zero_convs.{i}.0" for i in range(exits)}
+    stem = ["conv_in", *(f"blocks.{i}" for i in range(6)), "conv_out"]  # an activation lies between two in the original
+    return modules | {f"controlnet_cond_embedding.{name}": f"input_hint_block.{2 * i}" for i, name in enumerate(stem)}
+
+
 def unet_to_ldm(tensors: Tensors, config) -> Tensors:
     return rename(tensors, unet_modules(config))
 

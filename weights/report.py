@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sdcore.errors import CheckpointError
 
-from . import adapters, detect, files
+from . import adapters, controls, detect, files
 from . import checkpoint as ck
 from .assemble import check_names, check_values, skeleton
 
@@ -91,6 +91,8 @@ def inspect(path: str | Path, *, variant: str | None = None, values: bool = True
         return of_model(ck.read(path), values)
     if kind.name == "ip-adapter":
         kind = replace(kind, what=detect.ip_adapter_title(file.tensors))
+    if kind.name in ("controlnet", "t2i-adapter"):
+        kind = replace(kind, what=controls.sort_out(path, file.tensors, {}).title())
     return of_adapter(file, kind) if kind.name == "lora" else of_other(file, kind, values)
 
 
