@@ -31,6 +31,7 @@ from torch import Tensor
 from sdcore.controlnet import Control, ControlNet
 from sdcore.errors import ConfigError, ImageError
 from sdcore.guidance import Guidance
+from sdcore.ip_adapter import ImagePrompt
 from sdcore.samplers import Noise, Step, add_noise, make_steps
 from sdcore.scheduler import alpha_bars
 
@@ -216,6 +217,17 @@ def controls(pipe: "Pipeline", given: Canvas, pictures: int, control: Sequence[C
         mask = None if each.mask is None else filled(each.mask, given.size)
         fitted.append(replace(each, image=filled(each.image, given.size), mask=mask))
     return tuple(fitted)
+
+
+def prompts(pipe: "Pipeline", image_prompts: Sequence[ImagePrompt]) -> tuple[ImagePrompt, ...]:
+    """The picture prompts of a call. AdapterError where one was made for another UNet."""
+    for each in image_prompts:
+        if not isinstance(each, ImagePrompt):
+            raise ConfigError(
+                f"image_prompts: expected sdcore.ip_adapter.ImagePrompt objects, found {type(each).__name__}"
+            )
+        each.adapter.check(pipe.unet.config)
+    return tuple(image_prompts)
 
 
 def guide_of(given: Canvas, guide: Guidance) -> Guidance:
