@@ -231,6 +231,7 @@ class FastNetwork(Network):
         strengths_change = any([lora.at_step(pipe.unet, i / len(way)) for i in range(1, len(way))])
         self.constant = not strengths_change and all(one is told[0] for one in told)
         super().__init__(pipe.unet, told, way, scene, pictures)
+        self.eye = twin
 
     def run(self, module: nn.Module, name: str, *args: Any) -> Any:
         return self.mirrors[id(module)].call(name, *args)
@@ -267,7 +268,7 @@ class FastNetwork(Network):
         ):  # XL hears of the text and the sizes too: r rows a step
             n, rows = len(t), len(pooled)
             t, added = t.repeat_interleave(rows), (pooled.repeat(n, 1), self.scene.time_ids.repeat(n, 1))
-        blocks = net.time_shifts(net.embed_time(t, added, self.labels.get(id(net))))
+        blocks = net.time_shifts(net.embed_time(t, added, self.labels.get(id(net)), self.scene.scale))
         return [list(step) for step in zip(*(block.split(rows) for block in blocks), strict=True)]
 
     def shifts(self, net: Any, step: Step, n: int) -> list[Tensor]:
@@ -277,7 +278,7 @@ class FastNetwork(Network):
         return x[: self.pictures].to(self.dtype).contiguous(memory_format=torch.channels_last)
 
     def predict(self, x: Tensor, shifts: list[Tensor], kv: list[KeysValues], residuals, features, step: Step) -> Tensor:
-        if self.deep is None:
-            return super().predict(x, shifts, kv, residuals, features, step)
         with ops.using(**self.mirror.operations):
+            if self.deep is None or self.eye is not self.mirror.twin:
+                return super().predict(x, shifts, kv, residuals, features, step)
             return self.deep.step(x, shifts, kv, step.i)

@@ -15,7 +15,6 @@ adapters are others than before.
 Legend: b batch, c input channels, o output channels, h w height and width, d width.
 """
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -24,7 +23,7 @@ import torch.nn.functional as F
 from sdcore.kernels import upsample_conv, winograd
 from torch import Tensor, nn
 
-from sdcore import lora, ops, unet, vae
+from sdcore import lora, ops, unet, vae, variants
 
 SMALL_MAP = 16  # tiles of 2 x 2 outputs; on fewer, nine taps at once are as fast as Winograd and need less memory
 FEW = 16  # channels; with fewer a matrix product is not worth its preparation
@@ -181,15 +180,7 @@ def replacement(module: nn.Module) -> Prepared | None:
 
 def mirror(module: nn.Module, replace: Callable[[nn.Module], nn.Module | None] = replacement) -> nn.Module:
     """A copy of a model that shares all its layers but those that `replace` gives another for."""
-    faster = replace(module)
-    if faster is not None:
-        return faster
-    children = {name: mirror(child, replace) for name, child in module.named_children()}
-    if all(child is module.get_submodule(name) for name, child in children.items()):
-        return module
-    twin = copy.copy(module)
-    twin._modules = dict(children)
-    return twin
+    return variants.mirror(module, replace)
 
 
 def refresh(model: nn.Module) -> bool:

@@ -212,7 +212,7 @@ class CapturedRun(Run):
 def kind(run: Run) -> tuple[tuple[bool, ...], tuple[bool, ...], Tensor]:
     """Of every step: does guidance act, is noise drawn; and the numbers of all steps [n, 7 + 2 p]."""
     guide: Any = run.denoise
-    rows = move.rows(run.steps, guide.guidance).to(run.start.device)
+    rows = move.rows(run.steps, guide.guide.scale).to(run.start.device)
     return tuple(map(guide.guided, run.steps)), tuple(bool(step.std) for step in run.steps), rows
 
 

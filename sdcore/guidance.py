@@ -126,16 +126,6 @@ class Denoiser:
     perturbed: Network | None = None
 
     @property
-    def guidance(self) -> float:
-        """The scale."""
-        return self.guide.scale
-
-    @property
-    def rescale(self) -> float:
-        """Share of rescaling."""
-        return self.guide.rescale
-
-    @property
     def plain(self) -> bool:
         """Whether output = negative + scale * (positive - negative), one scale in all steps, is all there is to it."""
         return self.shares is None and self.guide == Guidance(self.guide.scale, interval=self.guide.interval)
@@ -172,8 +162,6 @@ def denoiser(
     guidance: float | Guidance = 1.0,
     shares: Sequence[float | Tensor] | None = None,
     perturbed: Network | None = None,
-    rescale: float = 0.0,
-    interval: tuple[float, float] = (0.0, math.inf),
 ) -> Denoiser:
     """Turns a network into `denoise(x, step) -> x0`.
 
@@ -187,7 +175,7 @@ def denoiser(
 
     The arithmetic after the network runs in x's dtype. Raises ConfigError for values outside their range.
     """
-    guide = guidance if isinstance(guidance, Guidance) else Guidance(guidance, rescale, interval)
+    guide = guidance if isinstance(guidance, Guidance) else Guidance(guidance)
     if guide.pag and shares is not None:
         raise ConfigError("pag: one prompt a picture, found several (AND, regions); leave one of the two out")
     if guide.pag and perturbed is None:

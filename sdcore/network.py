@@ -13,6 +13,7 @@ hands in fewer rows than there are conditions, they are the last ones.
 Legend: b pictures, r rows of conditions, n rows of this call, c channels, h w latent height and width, k text tokens, d width.
 """
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sdcore import lora
+from sdcore import lora, variants
 from sdcore.controlnet import Control, ControlNet, ControlNetUnion
 from sdcore.errors import ConfigError
 from sdcore.samplers import Step
@@ -39,8 +40,10 @@ class Scene:
     time_ids: Tensor | None = None  # XL: the numbers of size and crop [r, 6], of the refiner [r, 5]
     beside: Tensor | None = None  # further channels of the UNet's input [1 or r, c', h, w]
     labels: Tensor | None = None  # the upscaler: noise level of the small picture, int64 [1]
+    scale: Tensor | None = None  # latent consistency models: the guidance that they imitate [1]
     controls: Sequence[Control] = ()
     image_prompts: Sequence["ImagePrompt"] = ()
+    latent: tuple[int, int] | None = None  # height and width, which the masks of picture prompts are scaled to
 
     @property
     def bare(self) -> bool:
@@ -67,6 +70,7 @@ class Network:
         place: Callable[..., None] = lambda *modules: None,
     ):
         self.unet, self.told, self.way, self.scene, self.pictures, self.place = unet, told, way, scene, pictures, place
+        self.eye = unet  # what looks at the latent: the UNet itself, or a twin of it
         self.dtype = next(unet.parameters()).dtype
         self.acts = together(scene.controls)
         self.nets = [act[0].net for act in self.acts if isinstance(act[0].net, ControlNet)]
@@ -75,7 +79,7 @@ class Network:
         lora.at_step(unet, 0.0)
         with torch.no_grad():
             self.shown = [self.show(act) for act in self.acts]
-            self.seen = [prompt.keys_values(self.rows, pictures) for prompt in scene.image_prompts]
+            self.seen = [prompt.keys_values(self.rows, pictures, scene.latent) for prompt in scene.image_prompts]
         self.keys_values: dict[tuple[int, int], list[KeysValues]] = {}  # of (network, conditions), by their id
         self.work_out(range(len(way)))
 
@@ -117,6 +121,12 @@ class Network:
                     sum(both, ()) for both in zip(own, *self.seen, strict=True)
                 ]
 
+    def perturbed(self) -> "Network":
+        """The same with a perturbed UNet, which `Guidance.pag` leads away from."""
+        other = copy.copy(self)
+        other.eye = variants.perturbed(self.eye)
+        return other
+
     # ------------------------------------------------------------------------------------------------ every step
 
     def follow(self, i: int) -> bool:
@@ -142,7 +152,7 @@ class Network:
         return x.to(self.dtype)
 
     def predict(self, x: Tensor, shifts: list[Tensor], kv: list[KeysValues], residuals, features, step: Step) -> Tensor:
-        return self.run(self.unet, "step", x, shifts, kv, residuals, features)
+        return self.eye.step(x, shifts, kv, residuals, features)
 
     def heard(self, net: nn.Module, step: Step, n: int) -> list[KeysValues]:
         """Keys and values of the last n rows."""
@@ -153,7 +163,7 @@ class Network:
         told, time_ids = self.told[step.i], self.scene.time_ids
         t = torch.full((n,), step.t, dtype=torch.float32, device=told.context.device)
         added = None if told.pooled is None or time_ids is None else (told.pooled[-n:], time_ids[-n:])
-        return net.time_shifts(net.embed_time(t, added, self.labels.get(id(net))))
+        return net.time_shifts(net.embed_time(t, added, self.labels.get(id(net)), self.scene.scale))
 
     def controlled(self, x: Tensor, step: Step, n: int) -> tuple[list[Tensor] | None, list[Tensor] | None]:
         """Residuals and features of the controls that are at work in this step, each summed; None where there are none."""

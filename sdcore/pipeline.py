@@ -214,6 +214,10 @@ class Pipeline:
             raise ConfigError(f"emphasis: expected one of {', '.join(grammar.EMPHASIS)}, found {emphasis!r:.80}")
         given = tasks.canvas(self, pictures, size, image, mask, depth, strength, feather)
         guide = tasks.guide_of(given, guide)
+        imitated = None
+        if self.unet.config.guidance_dim:  # guidance was distilled into it: it hears the scale, and answers once
+            imitated = torch.tensor([guide.scale], dtype=torch.float32, device=self.device)
+            guide = replace(guide, scale=1.0)
         way = tasks.walk(self, given, steps, sampler, schedule, span, sampler_options)
         guide.check(way)
         seeds = None if noise is not None else _seeds(seed, pictures)
@@ -235,13 +239,17 @@ class Pipeline:
             self._time_ids(given.asked, sizes, negative_sizes, told[0].pooled, pictures * len(refused)),
             begin.beside,
             begin.labels,
+            imitated,
             tasks.controls(self, given, pictures, control),
-            tuple(image_prompts),
+            tasks.prompts(self, image_prompts),
+            (begin.x.shape[-2], begin.x.shape[-1]),
         )
+        network = self._network(told, way, scene, pictures)
         denoise = denoiser(
-            self._network(told, way, scene, pictures),
+            network,
             guidance=guide,
             shares=[voice.share for voice in voices] if composed else None,
+            perturbed=network.perturbed() if guide.pag else None,
         )
         return Run(
             way,

@@ -390,13 +390,17 @@ class Up(nn.Module):
         self, x: Tensor, skips: list[Tensor], shifts: Iterator[Tensor], kv: Iterator[KeysValues]
     ) -> tuple[Tensor, list[Tensor]]:
         for i, resnet in enumerate(self.resnets):
-            x = resnet(torch.cat([x, widen(skips[-1], x)], dim=1), next(shifts))
+            x = resnet(self.join(x, skips[-1]), next(shifts))
             skips = skips[:-1]
             if self.attentions:
                 x = self.attentions[i](x, kv)
         for upsample in getattr(self, "upsamplers", ()):
             x = upsample(x, skips[-1].shape[-2:])
         return x, skips
+
+    def join(self, x: Tensor, skip: Tensor) -> Tensor:
+        """What comes from below beside what was kept."""
+        return torch.cat([x, widen(skip, x)], dim=1)
 
 
 class Encoder(nn.Module):
