@@ -124,7 +124,8 @@ def compile_all(
         for arch in targets:
             if time.monotonic() > end:
                 return
-            yield inspect(build, arch, file)
+            if arch >= build.least:
+                yield inspect(build, arch, file)
 
 
 def line(result: Compiled) -> str:

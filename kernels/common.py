@@ -91,6 +91,7 @@ class Build:
     stages: int = 3
     attributes: dict[str, int] = field(default_factory=dict)  # argument -> divisor known of it, such as 16
     expects: tuple[str, ...] = ()  # instructions that must appear on sm_90, such as "wgmma"
+    least: int = 80  # compute capability from which on it is launched
 
 
 def build(
@@ -102,6 +103,7 @@ def build(
     warps: int = 4,
     stages: int = 3,
     expects: tuple[str, ...] = (),
+    least: int = 80,
     **types: str,
 ) -> Build:
     """A build of a kernel whose arguments are `constants`, those with `types`, and otherwise integers.
@@ -112,7 +114,7 @@ def build(
         argument: "constexpr" if argument in constants else types.get(argument, "i32") for argument in kernel.arg_names
     }
     aligned = {a: 16 for a, t in signature.items() if (t[0] == "*" or t[0] == "i") and a not in odd}
-    return Build(name, kernel, signature, constants, warps, stages, aligned, expects)
+    return Build(name, kernel, signature, constants, warps, stages, aligned, expects, least)
 
 
 def is_interpreted(kernel: Any) -> bool:

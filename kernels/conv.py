@@ -30,7 +30,7 @@ from torch import Tensor
 
 LAST = torch.channels_last
 # One step smaller than those of `gemm`: where the pixels lie takes registers too.
-HALF = (Tile(128, 128, 64, 8, 3, 1.0), Tile(128, 64, 64, 4, 4, 0.8), Tile(64, 64, 64, 4, 4, 0.6))
+HALF = (Tile(128, 128, 64, 8, 3, 1.0), Tile(128, 64, 64, 4, 4, 0.8), Tile(64, 64, 64, 8, 4, 0.6))
 FULL = (Tile(64, 64, 32, 4, 3, 1.0),)  # fp32
 
 

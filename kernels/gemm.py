@@ -43,6 +43,7 @@ class Tile:
     warps: int
     stages: int
     rate: float  # of the best one, where all multiprocessors are busy: assumed until measured, since larger tiles load less
+    least: int = 80  # compute capability whose registers hold it
 
     @property
     def constants(self) -> dict[str, int]:
@@ -52,14 +53,14 @@ class Tile:
 HALF = (
     Tile(128, 128, 64, 8, 3, 1.0),  # 128 x 256 spills where a residual is added
     Tile(128, 64, 64, 4, 4, 0.8),
-    Tile(64, 64, 64, 4, 4, 0.6),
+    Tile(64, 64, 64, 8, 4, 0.6),
 )
 HALF_GATED = (  # n counts twice: value and gate
-    Tile(128, 128, 64, 8, 3, 1.0),
-    Tile(128, 64, 64, 4, 4, 0.9),
+    Tile(128, 128, 64, 8, 3, 1.0, least=90),
+    Tile(128, 64, 64, 8, 4, 0.9),
     Tile(64, 64, 64, 4, 4, 0.75),
 )
-FULL = (Tile(64, 64, 32, 4, 3, 1.0),)  # fp32 in true fp32 is not what anybody calls for speed
+FULL = (Tile(64, 64, 32, 8, 3, 1.0),)  # fp32 in true fp32 is not what anybody calls for speed
 
 
 @triton.jit
@@ -130,6 +131,14 @@ def choose(m: int, n: int, tiles: tuple[Tile, ...], processors: int) -> Tile:
     return min(tiles, key=time)
 
 
+def held_by(x: Tensor, tiles: tuple[Tile, ...]) -> tuple[Tile, ...]:
+    """The tiles for which the device has the registers; under the interpreter all."""
+    if not x.is_cuda:
+        return tiles
+    major, minor = torch.cuda.get_device_capability(x.device)
+    return tuple(tile for tile in tiles if tile.least <= 10 * major + minor)
+
+
 def processors_of(x: Tensor) -> int:
     """Multiprocessors of the device; under the interpreter those of an H100 or H200."""
     return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 132
@@ -140,7 +149,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | N
     k, n = x.shape[-1], len(weight) // (1 + gated)
     m = x.numel() // k
     y = empty((*x.shape[:-1], n), x)
-    tile = choose(m, n, tiles(x.dtype, gated), processors_of(x))
+    tile = choose(m, n, held_by(x, tiles(x.dtype, gated)), processors_of(x))
     grid = (triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n),)
     gemm_forward[grid](
         x, weight, weight if bias is None else bias, y if residual is None else residual, y, m, n, k, row_stride(x),
@@ -241,7 +250,7 @@ def builds() -> list[Build]:
                 constants: dict[str, Any] = {"BIAS": bias, "RESIDUAL": residual, "GATED": gated, "WHOLE": True}
                 constants |= {**tile.constants, "TOGETHER": TOGETHER}
                 wgmma = () if dtype == torch.float32 else ("wgmma.mma_async",)
-                how = {"warps": tile.warps, "stages": tile.stages, "odd": ["m"], "expects": wgmma}
+                how = {"warps": tile.warps, "stages": tile.stages, "odd": ["m"], "expects": wgmma, "least": tile.least}
                 found.append(build(name, gemm_forward, constants, **how, **pointers))
     return found
 

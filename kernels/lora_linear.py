@@ -23,11 +23,11 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from sdcore.kernels.common import FLOATS, Build, build, can_run, dot, empty, name_of, row_stride
-from sdcore.kernels.gemm import TOGETHER, Tile, choose, processors_of, tile_of
+from sdcore.kernels.gemm import TOGETHER, Tile, choose, held_by, processors_of, tile_of
 from torch import Tensor
 
 WIDEST = 128  # rank
-HALF = (Tile(128, 128, 64, 8, 3, 1.0), Tile(128, 64, 64, 8, 3, 0.8), Tile(64, 64, 64, 4, 3, 0.6))
+HALF = (Tile(128, 128, 64, 8, 3, 1.0, least=90), Tile(128, 64, 64, 8, 3, 0.8), Tile(64, 64, 64, 4, 3, 0.6))
 FULL = (Tile(64, 64, 32, 4, 2, 1.0),)
 
 
@@ -81,7 +81,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Te
     (n, k), r = weight.shape, len(down)
     m = x.numel() // k
     y = empty((*x.shape[:-1], n), x)
-    tile = choose(m, n, FULL if x.dtype == torch.float32 else HALF, processors_of(x))
+    tile = choose(m, n, FULL if x.dtype == torch.float32 else held_by(x, HALF), processors_of(x))
     grid = (triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n),)
     lora_linear_forward[grid](
         x, weight, weight if bias is None else bias, down, up, y, m, n, k, r, scale, row_stride(x),
@@ -168,7 +168,13 @@ def builds() -> list[Build]:
                     constants = {"BIAS": kind == "forward", "WHOLE": True, **tile.constants, **strides}
                     constants |= {"R": rank, "TOGETHER": TOGETHER}
                     wgmma = () if dtype == torch.float32 else ("wgmma.mma_async",)
-                    how = {"warps": tile.warps, "stages": tile.stages, "odd": ["m", "r"], "expects": wgmma}
+                    how = {
+                        "warps": tile.warps,
+                        "stages": tile.stages,
+                        "odd": ["m", "r"],
+                        "expects": wgmma,
+                        "least": tile.least,
+                    }
                     found.append(build(name, lora_linear_forward, constants, **how, **types))
     return found
 
