@@ -15,8 +15,9 @@ import pytest
 import torch
 from torch import Tensor
 
+import sdcore
 from sdcore import tiling
-from sdcore.errors import ConfigError, ImageError
+from sdcore.errors import ConfigError, ImageError, NonFiniteError
 from sdcore.vae import SD_VAE, VAE, VAEConfig
 
 SMALL = VAEConfig(channels=(32, 32, 64, 64), norm_groups=8)
@@ -218,6 +219,30 @@ def test_what_does_not_overflow_is_left_alone(dtype):
     assert notice == "" and moments.mean.dtype == moments.logvar.dtype == torch.float32
 
 
+def test_in_the_pipeline():
+    """`decode` and `encode_image` take the word, and tell whoever asked that a half-precision model was run in fp32."""
+    pipe = sdcore.load("tiny", device="cpu")
+    g = torch.Generator().manual_seed(0)
+    latents, pixels = torch.randn(2, 4, 6, 5, generator=g), torch.rand(2, 3, 48, 40, generator=g) * 2 - 1
+    notices: list[str] = []
+    for way in ("exact", "fast"):
+        assert furthest(pipe.decode(latents, tiling=way), pipe.decode(latents)) < 1e-4  # (fast: one tile)
+        assert furthest(pipe.encode_image(pixels, tiling=way), pipe.encode_image(pixels)) < 1e-4
+    fast = sdcore.accelerate(pipe)
+    assert torch.equal(fast.decode(latents, notices, tiling="exact"), pipe.decode(latents, tiling="exact"))
+    with pytest.raises(ConfigError, match="exact, fast or None"):
+        pipe.decode(latents, tiling="tiles")
+    assert notices == []
+
+    pipe.vae = overflowing(torch.float16)
+    assert pipe.decode(latents[:1], notices).isfinite().all() and len(notices) == 1
+    assert pipe.encode_image(pixels[:1], notices=notices).isfinite().all() and len(notices) == 2
+    assert "decoder overflowed in float16" in notices[0] and "encoder overflowed in float16" in notices[1]
+    next(pipe.vae.decoder.parameters()).fill_(float("nan"))  # where fp32 does not help either, no picture at all
+    with pytest.raises(NonFiniteError, match="the decoder, running in float16"):
+        pipe.decode(latents[:1])
+
+
 # --- full size, each way in a process of its own, so that the peak of its memory can be read
 
 
@@ -337,7 +362,7 @@ def bundled() -> tuple[tuple[float, float], tuple[float, float]]:
 def test_the_bundled_autoencoder():
     (exact, _), (fast, mean) = bundled()
     print(f"bundled autoencoder, 512 px: exact max {exact:.4f}/255, fast max {fast:.1f}/255, mean {mean:.2f}/255")
-    assert exact < 0.01 and mean < 2
+    assert exact < 0.01 < mean < 20
 
 
 if __name__ == "__main__":
