@@ -81,6 +81,18 @@ def test_a_build_that_does_not_fit_is_at_fault():
     assert "shared memory" in aot.faults(replace(fits, arch=80), (), "")[0]  # Ampere has less
 
 
+def test_a_build_is_compiled_from_its_least_capability_on(monkeypatch):
+    monkeypatch.setattr(
+        aot, "builds", lambda names=None: [("f", greedy_build(1024)), ("f", replace(PRODUCT, least=90))]
+    )
+    monkeypatch.setattr(aot, "inspect", lambda build, arch, file: (build.name, arch))
+    assert list(aot.compile_all()) == [
+        *(("greedy 1024", arch) for arch in (80, 90, 100)),
+        ("product", 90),
+        ("product", 100),
+    ]
+
+
 def test_the_report_says_what_is_wrong(tmp_path):
     good = Compiled("geglu", "geglu forward", 90, 32, 0, 2048, {"HGMMA": 4})
     bad = replace(good, arch=80, name="geglu backward", spills=7, faults=["spills: 7 instructions to local memory"])
