@@ -4,9 +4,11 @@ Everything runs on networks of a few thousand parameters; that the methods learn
 """
 
 import dataclasses
+import io
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -16,10 +18,26 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from scipy import stats
-from sdcore.train import checker, checkpoints, log, loop, objectives, state, text, text2image, vae, vocabulary, world
+from sdcore.train import (
+    checker,
+    checkpoints,
+    log,
+    loop,
+    objectives,
+    optimisers,
+    ranks,
+    state,
+    text,
+    text2image,
+    vae,
+    vocabulary,
+    world,
+)
+from sdcore.weights import files
 
 from sdcore.errors import NonFiniteError, TrainingError
 from sdcore.tokenizer import Tokenizer
+from tests import weighed
 
 SMALL_VAE = dataclasses.replace(vae.CONFIG, channels=(32, 32, 32, 32))  # narrower ones run slower on a CPU
 SMALL_UNET = dataclasses.replace(text2image.UNET, channels=(16, 16), heads=(2, 2), context_dim=16)
@@ -213,6 +231,105 @@ def test_refusals(tmp_path):
         loop.run(Line(), line_options(tmp_path / "run", resume=True))
 
 
+CALLS = {"open", "write", "flush", "fsync", "close", "rename", "replace", "mkdir", "unlink", "rmdir"}
+
+
+def test_sigkill_at_every_call_of_a_save(tmp_path, monkeypatch):
+    """Before each call that a save makes to change the disk, until there is none left; then the run goes on to the same bits."""
+    short = dict(steps=6, save_every=2, keep=1, cooldown=2)
+    loop.run(Line(), line_options(tmp_path / "whole", **short))
+    whole, save, kills = final(tmp_path / "whole"), checkpoints.Checkpoints.save, 0
+    steps = set()
+    for moment in range(200):
+        out = tmp_path / f"at-{moment}"
+        pid = os.fork()
+        if pid == 0:
+            calls = 0
+
+            def count(_frame, event, what, moment=moment):
+                nonlocal calls
+                if event == "c_call" and getattr(what, "__name__", "") in CALLS:
+                    calls += 1
+                    if calls > moment:
+                        os.kill(os.getpid(), signal.SIGKILL)
+
+            def killed(self, step, *rest):
+                if step == 4:
+                    sys.setprofile(count)
+                done = save(self, step, *rest)
+                sys.setprofile(None)
+                return done
+
+            checkpoints.Checkpoints.save = killed
+            code = 99
+            try:
+                code = loop.run(Line(), line_options(out, **short))
+            finally:
+                os._exit(code)
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        if code == 0:
+            break
+        assert code == -signal.SIGKILL
+        kills += 1
+        steps.add(checkpoints.Checkpoints(out / "checkpoints", 1).newest()[1]["step"])
+        if moment % 3 == 0:
+            loop.run(Line(), line_options(out, resume=True, **short))
+            assert_same_bits(whole, final(out))
+            assert [c.name for c in (out / "checkpoints").iterdir()] == ["step-00000006"]
+    assert kills > 25 and steps == {2, 4}
+
+
+def test_a_full_disk_at_every_write_leaves_the_last_checkpoint(tmp_path, monkeypatch):
+    """Each write of a save in turn finds no room: the run ends and says so, and with room again it goes on to the same bits."""
+    short = dict(steps=4, save_every=2, cooldown=2)
+    loop.run(Line(), line_options(tmp_path / "whole", **short))
+    whole, fired = final(tmp_path / "whole"), 0
+    for failing in range(100):
+        out, writes = tmp_path / f"at-{failing}", 0
+
+        class Full(io.FileIO):
+            def write(self, data, failing=failing):
+                nonlocal writes
+                writes += 1
+                if writes > failing:
+                    raise OSError(28, "No space left on device")
+                return super().write(data)
+
+        def narrow(path, mode="r", full=Full):
+            return (
+                full(path, mode)
+                if "step-00000004" not in str(path) and "writing-00000004" in str(path)
+                else open(path, mode)
+            )
+
+        with monkeypatch.context() as patch:
+            patch.setattr(files, "open", narrow, raising=False)
+            try:
+                loop.run(Line(), line_options(out, **short))
+            except TrainingError as error:
+                assert "No space left" in str(error) and "older checkpoints are intact" in str(error)
+                fired += 1
+            else:
+                break
+        assert [c.name for c in (out / "checkpoints").iterdir()] == ["step-00000002"]
+        loop.run(Line(), line_options(out, resume=True, **short))
+        assert_same_bits(whole, final(out))
+    assert fired >= 10
+
+
+def test_changed_data_is_refused_with_a_difference(tmp_path):
+    class Pictures(Line):
+        count = 4
+
+        def identity(self):
+            return {"pictures": self.count, "content": "abc"}
+
+    loop.run(Pictures(), line_options(tmp_path / "run"))
+    Pictures.count = 5
+    with pytest.raises(TrainingError, match=r"\(pictures: was 4, is 5\);"):
+        loop.run(Pictures(), line_options(tmp_path / "run", resume=True))
+
+
 def test_older_checkpoints_are_retired(tmp_path):
     loop.run(Line(), line_options(tmp_path / "run", keep=2))
     assert sorted(c.name for c in (tmp_path / "run/checkpoints").iterdir()) == ["step-00000035", "step-00000040"]
@@ -243,6 +360,188 @@ def test_steps_that_are_not_finite_are_not_applied(tmp_path):
     assert checkpoints.Checkpoints(tmp_path / "many/checkpoints", 2).newest()[1]["step"] == 10
 
 
+def test_passes_are_averaged_by_what_they_are_means_over(tmp_path):
+    """7 examples whole and in 2, 3 and 7 passes, of 3 and 4 examples, with weights that differ tenfold: the same gradient."""
+    whole = weighed.gradients(weighed.options(tmp_path), ranks.Ranks())
+    for accumulate in (2, 3, 7):
+        found = weighed.gradients(weighed.options(tmp_path, accumulate=accumulate), ranks.Ranks())
+        for name, expected in whole.items():
+            torch.testing.assert_close(found[name], expected, rtol=1e-12, atol=1e-13)
+    with pytest.raises(TrainingError, match="--batch 7: cannot be cut into 8"):
+        weighed.gradients(weighed.options(tmp_path, accumulate=8), ranks.Ranks())
+
+
+def test_two_processes_train_as_one(tmp_path):
+    """torchrun with gloo: either process has the gradients of one alone, and a run that is cut and resumed its weights."""
+    words = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "tests.weighed",
+    ]
+    done = subprocess.run([*words, tmp_path], cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    whole = weighed.gradients(weighed.options(tmp_path), ranks.Ranks())
+    for rank in (0, 1):
+        found = load_file(tmp_path / f"gradients-{rank}.safetensors")
+        for name, expected in whole.items():
+            torch.testing.assert_close(found[name], expected, rtol=1e-12, atol=1e-13)
+    with pytest.raises(InterruptedError):
+        loop.run(weighed.Weighed(dies=5), weighed.options(tmp_path / "one"))
+    loop.run(weighed.Weighed(), weighed.options(tmp_path / "one", resume=True))
+    one, two = final(tmp_path / "one"), final(tmp_path / "run")
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-9, atol=1e-11)
+    lines = [len((tmp_path / f"{run}/log.jsonl").read_text().splitlines()) for run in ("run", "one")]
+    assert lines[0] == lines[1]  # one process writes
+    with pytest.raises(TrainingError, match="processes: was 2, is 1"):
+        loop.run(weighed.Weighed(), weighed.options(tmp_path / "run", resume=True))
+
+
+@pytest.mark.parametrize(
+    "optimiser, precision",
+    [("adamw", "bf16"), ("adamw", "fp16"), ("adafactor", "fp32"), ("prodigy", "fp16"), ("lion", "bf16")],
+)
+def test_every_optimiser_and_precision_resumes_to_the_same_bits(tmp_path, optimiser, precision):
+    if library := optimisers.NEEDS.get(optimiser):
+        pytest.importorskip(library)
+    o = dict(
+        optimiser=optimiser,
+        precision=precision,
+        lr=1.0 if optimiser == "prodigy" else 1e-2,
+        steps=12,
+        schedule="cosine",
+    )
+    loop.run(Line(), line_options(tmp_path / "whole", **o))
+    for step in (3, 8):
+        with pytest.raises(Cut):
+            loop.run(cut_at(Line(), step), line_options(tmp_path / "cut", resume=step > 3, save_every=1, **o))
+    loop.run(Line(), line_options(tmp_path / "cut", resume=True, **o))
+    assert_same_bits(final(tmp_path / "whole"), final(tmp_path / "cut"))
+    kept = [
+        json.loads((tmp_path / f"{run}/checkpoints/step-00000012/state.json").read_text())["numbers"]
+        for run in ("whole", "cut")
+    ]
+    assert kept[0] == kept[1] and bool(kept[0]["scaler"]) == (precision == "fp16")
+    weights = final(tmp_path / "whole")["weights/line.weight"]
+    assert not torch.equal(weights, Line().modules["line"].weight) and weights.dtype == torch.float32
+
+
+def test_the_scaler_finds_its_scale_and_is_kept(tmp_path):
+    """A loss that overflows at 65536: halved until it does not, no step of those applied; the scale comes back on resume."""
+
+    class Steep(Line):
+        def loss(self, part):
+            found = super().loss(part)
+            return loop.Loss(found.mean.clamp(min=1e-3) * 1e34, found.count)
+
+    task, o = Steep(), line_options(tmp_path / "run", precision="fp16", steps=12, save_every=12, clip=1e-3)
+    loop.run(task, o)
+    kept = checkpoints.Checkpoints(tmp_path / "run/checkpoints", 1).newest()[1]["numbers"]["scaler"]
+    assert 2 <= kept["scale"] < 65536
+    lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    skipped = sum("not applied" in line.get("event", "") for line in lines)
+    assert kept["scale"] == 65536 / 2**skipped and skipped >= 2
+    with pytest.raises(TrainingError, match="--precision"):
+        loop.run(Line(), line_options(tmp_path / "other", precision="fp64"))
+
+
+def test_optimisers_are_refused_with_a_reason(tmp_path, monkeypatch):
+    for wrong, words in (
+        (dict(optimiser="sgdd"), "--optimiser: expected one of adamw"), (dict(schedule="steps"), "--schedule: expected one of"),
+        (dict(optimiser="prodigy", lr=1e-3), "usually 1"), (dict(best="loss"), "--best loss"),
+    ):  # fmt: skip
+        with pytest.raises(TrainingError, match=words):
+            loop.run(Line(), line_options(tmp_path / "run", **wrong))
+    monkeypatch.setattr(optimisers.importlib.util, "find_spec", lambda name: None)
+    for name, library in (("adamw8bit", "bitsandbytes"), ("lion", "lion-pytorch"), ("prodigy", "prodigyopt")):
+        with pytest.raises(TrainingError, match=f"pip install {library}"):
+            loop.run(Line(), line_options(tmp_path / "run", optimiser=name))
+    with pytest.raises(TrainingError, match="pip install tensorboard"):
+        loop.run(Line(), line_options(tmp_path / "run", tensorboard=True))
+
+
+def test_rates_by_parameter_and_decay_by_kind(tmp_path):
+    """AdamW's first step is the rate, in the gradient's sign: a factor shows; matrices decay, vectors do not."""
+
+    class Two(Line):
+        def rate_of(self, name):
+            return {"line.weight": 3.0, "line.bias": 0.0}[name]
+
+    task, before = Two(), Line().modules["line"]
+    now = state.State(task, line_options(tmp_path, lr=1e-2, weight_decay=0.0), ranks.Ranks())
+    now.take(0, 1e-2)
+    moved = task.modules["line"].weight - before.weight
+    torch.testing.assert_close(moved.abs(), torch.full((1, 3), 3e-2), rtol=1e-3, atol=0)
+    assert torch.equal(task.modules["line"].bias, before.bias)
+    decays = {group["params"][0].ndim: group["weight_decay"] for group in now.optimiser.param_groups}
+    now = state.State(Line(), line_options(tmp_path, weight_decay=0.5), ranks.Ranks())
+    assert {group["params"][0].ndim: group["weight_decay"] for group in now.optimiser.param_groups} == {2: 0.5, 1: 0.0}
+    assert decays == {2: 0.0, 1: 0.0}
+
+
+class Judged(Line):
+    """Evaluations whose figures are given, and an export that writes what it was given."""
+
+    figures: dict[int, float] = {}
+
+    def evaluate(self, step, out):
+        return {"right": self.figures[step]}
+
+    def validate(self):
+        return self.modules["line"].weight.detach().sum().item()
+
+    def export(self, out):
+        torch.save({k: v.clone() for k, v in self.modules["line"].state_dict().items()}, out / "result.pt")
+
+
+def test_the_best_checkpoint_is_kept_and_exported(tmp_path):
+    Judged.figures = {5: 0.1, 10: 0.7, 15: 0.3, 20: 0.7, 25: 0.6, 30: 0.2, 35: 0.5, 40: 0.4}
+    o = dict(best="right:max", eval_every=5, save_every=5, keep=1)
+    with pytest.raises(Cut):
+        loop.run(cut_at(Judged(), 23), line_options(tmp_path / "run", **o))
+    assert loop.run(Judged(), line_options(tmp_path / "run", resume=True, **o)) == 0
+    kept = tmp_path / "run/best"
+    assert [c.name for c in kept.iterdir()] == ["step-00000010"]
+    assert [c.name for c in (tmp_path / "run/checkpoints").iterdir()] == ["step-00000040"]
+    best = load_file(kept / "step-00000010/state.safetensors")
+    result = torch.load(tmp_path / "run/result.pt")
+    assert all(torch.equal(result[name], best[f"average/line.{name}"]) for name in ("weight", "bias"))
+    lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert lines[-1]["exported"] == 10 and all(
+        "validation_loss" in line for line in lines if line.get("event") == "evaluated"
+    )
+    loop.run(Judged(), line_options(tmp_path / "low", **o | {"best": "right:min"}))
+    assert [c.name for c in (tmp_path / "low/best").iterdir()] == ["step-00000005"]
+    with pytest.raises(TrainingError, match="no such figure, only validation_loss, right"):
+        loop.run(Judged(), line_options(tmp_path / "none", **o | {"best": "wrong:min"}))
+
+
+def test_without_an_average_the_weights_themselves_are_exported(tmp_path):
+    loop.run(Judged(), line_options(tmp_path / "run", ema=0.0))
+    kept = final(tmp_path / "run")
+    assert not any(name.startswith("average/") for name in kept)
+    assert torch.equal(torch.load(tmp_path / "run/result.pt")["weight"], kept["weights/line.weight"])
+
+
+def test_tensorboard_has_the_figures_of_the_log(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    loop.run(Line(), line_options(tmp_path / "run", tensorboard=True))
+    board = EventAccumulator(str(tmp_path / "run/tensorboard"))
+    board.Reload()
+    lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    expected = [(line["step"], line["loss"]) for line in lines if "loss" in line]
+    assert [(s.step, pytest.approx(s.value, rel=1e-5)) for s in board.Scalars("train/loss")] == expected and len(
+        expected
+    ) == 10
+
+
 def test_average_is_the_formula_and_comes_back(tmp_path):
     p = torch.nn.Parameter(torch.zeros(2, dtype=torch.float64))
     average, expected = state.Average({"p": p}, 0.9), np.zeros(2)
@@ -261,6 +560,15 @@ def test_average_is_the_formula_and_comes_back(tmp_path):
 def test_learning_rate(tmp_path):
     o = line_options(tmp_path, steps=100, warmup=10, cooldown=20, lr=1.0)
     assert [loop.learning_rate(o, s) for s in (0, 4, 9, 50, 80, 90, 99)] == [0.1, 0.5, 1.0, 1.0, 1.0, 0.5, 0.05]
+
+    for schedule, middle in (("linear", 0.5), ("cosine", 0.5)):
+        o = line_options(tmp_path, steps=110, warmup=10, cooldown=0, lr=1.0, schedule=schedule)
+        assert [loop.learning_rate(o, s) for s in (0, 9, 10, 60)] == pytest.approx([0.1, 1.0, 1.0, middle])
+        assert loop.learning_rate(o, 35) == pytest.approx(0.75 if schedule == "linear" else (1 + 2**-0.5) / 2)
+        assert 0 < loop.learning_rate(o, 109) < 0.011
+    loop.run(Line(), line_options(tmp_path / "run", schedule="cosine", steps=8, cooldown=0))
+    with pytest.raises(TrainingError, match="the cosine schedule depends on it"):
+        loop.run(Line(), line_options(tmp_path / "run", schedule="cosine", steps=9, cooldown=0, resume=True))
 
 
 def test_the_curve_is_drawn_from_a_log_with_a_torn_line(tmp_path):
