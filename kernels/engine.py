@@ -134,7 +134,7 @@ class Accelerated(Pipeline):
     @torch.no_grad()
     def decode(self, latents: Tensor, notices: list[str] | None = None, *, tiling: str | None = None) -> Tensor:
         """As `Pipeline.decode`; tiles and fp16 go its way, without graphs."""
-        if tiling is not None or next(self.vae.parameters()).dtype == torch.float16:
+        if (tiling or self.tiling) is not None or next(self.vae.parameters()).dtype == torch.float16:
             return super().decode(latents, notices, tiling=tiling)
         mirror, dtype = self.mirror(self.vae), next(self.vae.parameters()).dtype
         z = (latents / self.vae.config.scaling_factor).to(self.device, dtype)

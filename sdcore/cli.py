@@ -1,4 +1,4 @@
-"""The command line: `sdcore generate | train | bench | inspect | convert`.
+"""The command line: `sdcore generate | canny | train | bench | inspect | convert`.
 
 Each command is a function over its parsed words, below the table that declares them; `main` parses, runs, and turns what goes
 wrong into the exit code: 0 done; 2 the user can mend it, one line on stderr says what and how; 130 stopped by Ctrl-C;
@@ -27,8 +27,10 @@ MAX_COUNT = 100
 # What decides how a picture comes out, kept in its PNG under these names; each is also the name of an option.
 RECORDED = (
     "model", "revision", "variant", "tokenizer", "negative", "steps", "guidance", "sampler", "schedule", "seed", "count",
-    "size", "device", "dtype", "engine", "kernels", "prompt2", "negative2", "emphasis", "clip_skip",
+    "size", "device", "dtype", "engine", "kernels", "prompt2", "negative2", "emphasis", "clip_skip", "image", "strength", "mask",
+    "feather", "outpaint", "depth", "noise_level", "image_guidance", "image_encoder", "refiner", "hires", "tiling",
 )  # fmt: skip
+LISTED = ("lora", "embedding", "control", "image_prompt")  # the same of options that may be given more than once
 NO_MEMORY = ("out of memory", "can't allocate memory")
 # Of these from another tool's PNG, and what it may say beside them that is not followed here.
 FOREIGN = ("negative", "steps", "guidance", "sampler", "schedule", "seed", "size", "emphasis", "clip_skip")
@@ -97,6 +99,7 @@ def parser() -> Parser:
         metavar="F",
         help="a textual-inversion file, to be named in the prompt; again for more",
     )
+    picture_options(c)
     c.add_argument("--strip", metavar="F", help="also a PNG of the model's guess at every step")
     c.add_argument(
         "--from", "--like", dest="source", metavar="F",
@@ -117,6 +120,21 @@ def parser() -> Parser:
         "--offload", action="store_true", help="keep on the device only the part at work: needs less of its memory"
     )
     c.add_argument("--json", action="store_true", help="one JSON document as the last line on stdout")
+
+    c = command("canny", canny, "Draw the edges of a picture, as a ControlNet looks at them.")
+    c.add_argument("picture", metavar="IN", help="a PNG, JPEG or WebP")
+    c.add_argument("out", metavar="OUT", help="the edges, a PNG")
+    c.add_argument(
+        "--low", type=float, default=100, metavar="N", help="gradient from which a pixel may be an edge (%(default)s)"
+    )
+    c.add_argument("--high", type=float, default=200, metavar="N", help="gradient from which it is one (%(default)s)")
+    c.add_argument("--size", type=size, metavar="WxH", help="scale and crop the picture to this first")
+    c.add_argument(
+        "--blank",
+        type=share,
+        metavar="A-B",
+        help="leave columns out, as shares of the width: 0.25-0.75 is the middle half",
+    )
 
     c = command("train", train, "Train a model; each method has its own --help.", add_help=False)
     c.add_argument("method", choices=METHODS)
@@ -153,6 +171,99 @@ def model_options(c: Parser) -> None:
     c.add_argument("--revision", metavar="NAME", help="of a hub repository")
     c.add_argument("--variant", metavar="NAME", help="fp16: that variant of the files")
     c.add_argument("--tokenizer", metavar="F", help="folder with vocab.json and merges.txt, for single files without")
+
+
+def picture_options(c: Parser) -> None:
+    """What a picture is drawn from beside a prompt."""
+    c.add_argument(
+        "--image", metavar="F", help="a picture to start from, or to follow an instruction on, or to enlarge"
+    )
+    c.add_argument(
+        "--strength",
+        metavar="S",
+        help="share of the way to walk from it, 0 to 1; or a picture of that, white is 1 (0.8)",
+    )
+    c.add_argument("--mask", metavar="F", help="what of it to paint, white; the rest stays to the bit")
+    c.add_argument(
+        "--feather", type=int, default=0, metavar="N", help="pixels inside the mask to pass over (%(default)s)"
+    )
+    c.add_argument(
+        "--outpaint", type=margins, metavar="L,T,R,B", help="paint so many pixels beyond its left, top, right, bottom"
+    )
+    c.add_argument("--depth", metavar="F", help="a depth map, near is white, for models that look at one")
+    c.add_argument(
+        "--noise-level",
+        type=int,
+        default=20,
+        metavar="N",
+        help="the upscaler: noise on the small picture (%(default)s)",
+    )
+    c.add_argument(
+        "--image-guidance",
+        type=float,
+        metavar="G",
+        help="models that follow instructions: how closely to keep to it (1.5)",
+    )
+    c.add_argument(
+        "--control", action="append", default=[], metavar="NET=F[:S[:A-B]]",
+        help="a ControlNet or T2I-Adapter, its map, scale (1) and share of the steps (0-1); again for more; NET@KIND for a Union",
+    )  # fmt: skip
+    c.add_argument(
+        "--image-prompt", action="append", default=[], metavar="NET=F[:S]",
+        help="an IP-Adapter, a picture that acts like words, scale (1); again for more",
+    )  # fmt: skip
+    c.add_argument("--image-encoder", metavar="F", help="the folder of the vision tower that IP-Adapters look with")
+    c.add_argument(
+        "--refiner", metavar="M[:S]", help="another model that draws the rest of the way from share S of it (0.8)"
+    )
+    c.add_argument("--hires", metavar="N[:S]", help="draw once more, N times as large, at strength S (0.5)")
+    c.add_argument("--tiling", choices=("exact", "fast"), help="decode large pictures by tiles, in less memory")
+    c.add_argument("--preview", metavar="F", help="keep a PNG of how far the picture is, new at every step")
+    c.add_argument("--taesd", metavar="F", help="the small decoder that previews are made with (the model's own)")
+
+
+def share(text: str) -> tuple[float, float]:
+    """`0.25-0.75` -> (0.25, 0.75), shares of a whole."""
+    low, _, high = text.partition("-")
+    try:
+        begin, end = float(low), float(high)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected A-B such as 0.25-0.75, found {text!r}") from None
+    if not 0 <= begin < end <= 1:
+        raise argparse.ArgumentTypeError(f"expected 0 <= A < B <= 1, found {text!r}")
+    return begin, end
+
+
+def margins(text: str) -> tuple[int, ...]:
+    """`64,0,64,0` -> (64, 0, 64, 0)."""
+    try:
+        sides = tuple(int(side) for side in text.split(","))
+    except ValueError:
+        sides = ()
+    if len(sides) != 4 or min(sides) < 0:
+        raise argparse.ArgumentTypeError(f"expected four whole numbers of pixels such as 64,0,64,0, found {text!r}")
+    return sides
+
+
+def assigned(text: str, option: str) -> tuple[str, str, list[str]]:
+    """`NET=picture.png:0.8:0-0.5` -> (NET, picture.png, [0.8, 0-0.5]): what follows the last colons, as far as it is numbers."""
+    net, equals, rest = text.partition("=")
+    if not net or not rest:
+        raise ConfigError(f"{option}: expected NET=PICTURE such as canny-sd15=edges.png:0.8, found {text!r:.200}")
+    numbers: list[str] = []
+    while ":" in rest and len(numbers) < 2:
+        path, _, last = rest.rpartition(":")
+        if not last or last.strip("0123456789.-+eE") or not path:
+            break
+        numbers, rest = [last, *numbers], path
+    return net, rest, numbers
+
+
+def number(text: str, option: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ConfigError(f"{option}: expected a number, found {text!r:.80}") from None
 
 
 def weighted(text: str) -> tuple[str, float | None]:
@@ -256,6 +367,9 @@ def generate(args: argparse.Namespace) -> None:
         from sdcore.kernels.engine import operations
 
         kernels |= operations(args.kernels, pipe.device)
+    pipe.tiling = args.tiling
+    shown = take_pictures(pipe, args)
+    further = take_passes(pipe, args, shown)
     loaded = time.perf_counter()
     settings = describe(args, pipe) | loading
     for name in ("model_id", "torch", "device", "dtype"):
@@ -265,7 +379,9 @@ def generate(args: argparse.Namespace) -> None:
     seeds = [args.seed + i for i in range(args.count)]
     previews: list[tuple[image.Picture, str]] | None = [] if args.strip else None
     with ops.using(**kernels):
-        made = [draw(pipe, args, settings, seed, previews if seed == args.seed else None) for seed in seeds]
+        made = [
+            draw(pipe, args, settings, seed, shown, further, previews if seed == args.seed else None) for seed in seeds
+        ]
     pictures, notices = [picture for picture, _ in made], made[0][1]
     drawn = time.perf_counter()
     if args.count > 1:
@@ -308,6 +424,8 @@ def check(args: argparse.Namespace) -> list[Path]:
         targets += [out.with_name(f"{out.stem}-{i + 1}{out.suffix}") for i in range(args.count)]
     if args.strip:
         targets.append(Path(args.strip))
+    if args.preview:
+        image.check_target(args.preview)
     for target in targets:
         image.check_target(target)
     if len({target.resolve() for target in targets}) < len(targets):
@@ -315,25 +433,151 @@ def check(args: argparse.Namespace) -> list[Path]:
     return targets
 
 
-def draw(pipe, args: argparse.Namespace, settings: dict[str, Any], seed: int, previews: list | None):
+def draw(
+    pipe,
+    args: argparse.Namespace,
+    settings: dict[str, Any],
+    seed: int,
+    shown: dict,
+    further: list,
+    previews: list | None,
+):
     """Return the picture from `seed` and what is to say of it; with `previews`, decode every step's guess into it too."""
     from tqdm import tqdm
 
+    from sdcore import image, taesd
+
+    words = dict(
+        negative=args.negative, steps=args.steps, guidance=args.guidance, sampler=args.sampler, schedule=args.schedule,
+        seed=seed, prompt2=args.prompt2, negative2=args.negative2, emphasis=args.emphasis, clip_skip=args.clip_skip,
+    )  # fmt: skip
+    notices: list[str] = []
+    latents = pixels = None
+    for which, (model, options) in enumerate([(pipe, lambda *_: shown), *further]):
+        run = model.steps(args.prompt, **words | options(latents, pixels))
+        name = f"seed {seed}" + (f", pass {which + 1}" if further else "")
+        # disable=None: a bar only where stderr is a terminal
+        for progress in tqdm(run, total=len(run.steps), desc=name, disable=None, leave=False, file=sys.stderr):
+            if args.preview:
+                now = taesd.preview(model, progress.x0, args.taesd)
+                image.to_pictures(now)[0].save(args.preview)
+            if previews is not None:
+                label = f"step {progress.step.i + 1}/{progress.total}\nnoise {progress.step.sigma:.3g}"
+                previews.append((image.to_pictures(model.decode(progress.x0))[0], label))
+        latents = progress.x
+        if which == len(further) or further[which][0] is pipe:  # an unfinished latent is handed on as it is
+            pixels = run.decode(latents)
+        notices += run.notices
+    picture = image.to_pictures(pixels)[0]
+    picture.metadata = settings | {"seed": seed, "size": f"{picture.size[0]}x{picture.size[1]}"}
+    return picture, notices
+
+
+def take_pictures(pipe, args: argparse.Namespace) -> dict[str, Any]:
+    """Read the pictures that the options name; what of `Pipeline.steps` they come to."""
+    from sdcore import image, tasks
+    from sdcore.controlnet import Control
+    from sdcore.guidance import Guidance
+    from sdcore.weights.controls import load_control
+
+    shown: dict[str, Any] = {"feather": args.feather, "noise_level": args.noise_level}
+    if args.image_guidance is not None:
+        shown["guidance"] = Guidance(args.guidance, image=args.image_guidance)
+    size = args.size
+
+    def fitted(picture):
+        return picture if size is None or picture.size == size else image.fit(picture, *size)
+
+    if args.image:
+        picture = image.open_picture(args.image)
+        mask = image.open_mask(args.mask, picture) if args.mask else None
+        if tasks.kind_of(pipe) == "upscale":
+            size = None  # it says itself how large the picture becomes
+        shown["image"], shown["mask"] = fitted(picture), mask and fitted(mask)
+        if args.outpaint:
+            if mask:
+                raise ConfigError("--outpaint: makes a mask of its own; leave --mask out")
+            shown["image"], shown["mask"] = tasks.outpaint(image.to_tensor(shown["image"]), *args.outpaint)
+        else:
+            size = shown["image"].size
+    elif args.mask or args.outpaint or args.strength:
+        raise ConfigError("--mask, --outpaint, --strength: act on a picture; name it with --image")
+    if args.strength:
+        try:
+            shown["strength"] = float(args.strength)
+        except ValueError:
+            shown["strength"] = image.to_mask(fitted(image.open_picture(args.strength)))
+    if args.depth:
+        shown["depth"] = image.to_mask(fitted(image.open_picture(args.depth)))
+    controls: list[Control] = []
+    nets: dict[str, Any] = {}  # one for all maps that name it
+    for text in args.control:
+        net, path, numbers = assigned(text, "--control")
+        picture = image.open_picture(path)
+        if size is None:  # what is drawn is as large as the first map
+            factor = pipe.vae.config.factor
+            size = tuple(max(side // factor * factor, factor) for side in picture.size)
+        net, _, kind = net.partition("@")
+        if net not in nets:
+            nets[net] = load_control(net, pipe)
+        begin, end = share(numbers[1]) if len(numbers) > 1 else (0.0, 1.0)
+        scale = number(numbers[0], "--control") if numbers else 1.0
+        controls.append(Control(nets[net], image.to_unit(fitted(picture)), scale, begin, end, kind=kind or None))
+    prompts = image_prompts(pipe, args)
+    return shown | {"control": controls, "image_prompts": prompts} | ({"size": size} if not args.image else {})
+
+
+def image_prompts(pipe, args: argparse.Namespace) -> list:
+    """The picture prompts of `--image-prompt`."""
+    from sdcore import image
+    from sdcore.ip_adapter import ImagePrompt
+    from sdcore.weights.ip_adapters import load_ip_adapter
+
+    made = []
+    for text in args.image_prompt:
+        net, path, numbers = assigned(text, "--image-prompt")
+        if not args.image_encoder:
+            raise ConfigError(
+                "--image-prompt: needs the vision tower that it looks with; name its folder with --image-encoder"
+            )
+        pixels = image.to_unit(image.open_picture(path))
+        adapter = load_ip_adapter(net, pipe, made[0].adapter.image_encoder if made else args.image_encoder)
+        made.append(ImagePrompt(adapter, pixels, number(numbers[0], "--image-prompt") if numbers else 1.0))
+    return made
+
+
+def take_passes(pipe, args: argparse.Namespace, shown: dict[str, Any]) -> list:
+    """What is drawn after the first pass, as (pipeline, what to say to it of the pass before). A refiner makes `shown` end sooner."""
     from sdcore import image
 
-    run = pipe.steps(
-        args.prompt, args.negative, steps=args.steps, guidance=args.guidance, sampler=args.sampler,
-        schedule=args.schedule, seed=seed, size=args.size, prompt2=args.prompt2, negative2=args.negative2,
-        emphasis=args.emphasis, clip_skip=args.clip_skip,
-    )  # fmt: skip
-    # disable=None: a bar only where stderr is a terminal
-    for progress in tqdm(run, total=len(run.steps), desc=f"seed {seed}", disable=None, leave=False, file=sys.stderr):
-        if previews is not None:
-            label = f"step {progress.step.i + 1}/{progress.total}\nnoise {progress.step.sigma:.3g}"
-            previews.append((image.to_pictures(pipe.decode(progress.x0))[0], label))
-    picture = image.to_pictures(pipe.decode(progress.x))[0]
-    picture.metadata = settings | {"seed": seed, "size": f"{picture.size[0]}x{picture.size[1]}"}
-    return picture, run.notices
+    further: list = []
+    if args.taesd:
+        from sdcore.weights.taesd import load_taesd
+
+        args.taesd = load_taesd(args.taesd)
+    if args.refiner:
+        name, at = weighted(args.refiner)
+        at = 0.8 if at is None else at
+        if not 0 < at < 1:
+            raise ConfigError(f"--refiner: expected a share of the way between 0 and 1, found {at:g}")
+        refiner = sdcore.load(name, device=args.device, dtype=args.dtype, offload=args.offload)
+        if args.engine == "fast":
+            refiner = sdcore.accelerate(refiner, kernels=args.kernels or "measured")
+        shown["span"] = (0.0, at)
+        further.append((refiner, lambda latents, pixels: {"image": latents, "span": (at, 1.0)}))
+    if args.hires:
+        times, strength = weighted(args.hires)
+        times, strength = number(times, "--hires"), 0.5 if strength is None else strength
+        if not 1 < times <= 8:
+            raise ConfigError(f"--hires: expected a number above 1 and up to 8, found {times:g}")
+
+        def larger(latents, pixels):
+            picture, factor = image.to_pictures(pixels)[0], pipe.vae.config.factor
+            w, h = (round(side * times / factor) * factor for side in picture.size)
+            return {"image": image.fit(picture, w, h, "stretch"), "strength": strength}
+
+        further.append((pipe, larger))
+    return further
 
 
 def take_embeddings(pipe, args: argparse.Namespace) -> dict[str, list[str]]:
@@ -391,9 +635,9 @@ def take_settings(args: argparse.Namespace) -> dict[str, Any]:
         recorded.setdefault("emphasis", "none")
     known = [name for name in (RECORDED if ours else FOREIGN) if recorded.get(name) is not None]
     words = [f"--{name.replace('_', '-')}={recorded[name]}" for name in known]
-    for name in ("lora", "embedding"):
+    for name in LISTED:
         if ours and not getattr(args, name) and isinstance(recorded.get(name), list):
-            words += [f"--{name}={file}" for file in recorded[name]]
+            words += [f"--{name.replace('_', '-')}={file}" for file in recorded[name]]
     at = args.words.index("generate") + 1
     again = parser().parse_args([*args.words[:at], *words, *args.words[at:]])
     vars(args).update(vars(again))
@@ -407,9 +651,15 @@ def describe(args: argparse.Namespace, pipe) -> dict[str, Any]:
 
     names = (
         "model", "prompt", "negative", "prompt2", "negative2", "emphasis", "clip_skip", "steps", "guidance", "schedule", "engine",
-        "kernels",
+        "kernels", "image", "strength", "mask", "depth", "image_guidance", "image_encoder", "refiner", "hires", "tiling",
     )  # fmt: skip
     given = {name: getattr(args, name) for name in names}
+    if args.outpaint:
+        given["outpaint"] = ",".join(map(str, args.outpaint))
+    for name in ("feather", "noise_level"):
+        if args.image:
+            given[name] = getattr(args, name)
+    given |= {name: getattr(args, name) for name in ("control", "image_prompt") if getattr(args, name)}
     return given | {
         "sampler": args.sampler or pipe.scheduler.sampler,
         "device": pipe.device.type,
@@ -437,6 +687,24 @@ def tell(message: str) -> None:
 
 
 # --- the others
+
+
+def canny(args: argparse.Namespace) -> None:
+    """Edges as white lines on black."""
+    from sdcore import canny as canny_
+    from sdcore import image
+
+    target = image.check_target(args.out)
+    if not 0 <= args.low <= args.high:
+        raise ConfigError(f"--low, --high: expected 0 <= low <= high, found {args.low:g} and {args.high:g}")
+    picture = image.open_picture(args.picture)
+    picture = image.fit(picture, *args.size) if args.size else picture
+    edges = canny_.canny(picture.pixels, args.low, args.high)
+    if args.blank:
+        width = edges.shape[1]
+        edges[:, int(args.blank[0] * width) : int(args.blank[1] * width)] = 0
+    image.Picture(edges[..., None].repeat(3, axis=2)).save(target)
+    print(target)
 
 
 def train(args: argparse.Namespace) -> int:

@@ -119,6 +119,9 @@ class Pipeline:
     family: str = "custom"
     zero_negative: bool = False  # SDXL base: an empty negative prompt is zeros, not the encoding of ""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    tiling: str | None = (
+        None  # "exact" or "fast": large pictures through the autoencoder by tiles; see sdcore/tiling.py
+    )
     offload: bool = False  # keep on the device only the part that is at work: SDXL then fits a card of 8 GB
     embeddings: dict[str, Embedding] = field(default_factory=dict)  # words of one's own; see sdcore/embeddings.py
     adapters: dict[str, lora.Adapter] = field(default_factory=dict)  # at hand for `<lora:name:0.8>` in a prompt
@@ -297,7 +300,7 @@ class Pipeline:
         `notices` and `tiling` as in `decode`.
         """
         self._place(self.vae)
-        moments, notice = encode_safely(self.vae, pixels.to(self.device), tiling)
+        moments, notice = encode_safely(self.vae, pixels.to(self.device), tiling or self.tiling)
         self._say(notice, notices)
         z = moments.mean if draw is None else moments.sample(draw.draw(*moments.mean.shape[1:]).to(moments.mean))
         check_finite(z, f"the encoder, running in {_short(next(self.vae.parameters()).dtype)}")
@@ -307,12 +310,12 @@ class Pipeline:
     def decode(self, latents: Tensor, notices: list[str] | None = None, *, tiling: str | None = None) -> Tensor:
         """Latents [b, c, h, w] -> pixels [b, 3, H, W] fp32, about -1..1. One after the other, to spare memory.
 
-        `tiling` takes less memory for large pictures: "exact" or "fast", see sdcore/tiling.py. A decoder that overflows half
+        `tiling` is as the pipeline's own. A decoder that overflows half
         precision is run in fp32, which `notices` is told. Raises NonFiniteError, ConfigError.
         """
         self._place(self.vae)
         z = (latents / self.vae.config.scaling_factor).to(self.device)
-        pixels, notice = decode_safely(self.vae, z, tiling)
+        pixels, notice = decode_safely(self.vae, z, tiling or self.tiling)
         self._say(notice, notices)
         check_finite(pixels, f"the decoder, running in {_short(next(self.vae.parameters()).dtype)}")
         return pixels
