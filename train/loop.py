@@ -28,6 +28,7 @@ from . import ranks
 from .checkpoints import Checkpoints, difference, sha256, sole_user
 from .log import Log, draw_curve
 from .optimisers import learning_rate
+from .options import free_names
 from .ranks import Ranks
 from .state import State
 from .task import LoopOptions, Loss, Part, Task, channels_last, generator
@@ -36,17 +37,6 @@ __all__ = ["LoopOptions", "Loss", "Part", "Task", "channels_last", "generator", 
 
 PATIENCE = 5  # steps in a row whose loss or gradient may be NaN or infinite before the run stops
 HALVINGS = 16  # more of them with fp16: its scaler finds down from 65536 what the gradients admit
-FREE = {
-    "out",
-    "resume",
-    "steps",
-    "save_every",
-    "keep",
-    "log_every",
-    "eval_every",
-    "tensorboard",
-    "accept_changes",
-}  # may change on resume
 
 
 class Signals:
@@ -211,7 +201,8 @@ class Best:
 
 def _refuse_changes(settings: dict, state: dict, options: LoopOptions, out: Path) -> None:
     """A resumed run must be the same run: TrainingError with the differences, unless they are accepted."""
-    fixed = [{k: v for k, v in s["options"].items() if k not in FREE} for s in (state, settings)]
+    free = free_names(options)
+    fixed = [{k: v for k, v in s["options"].items() if k not in free} for s in (state, settings)]
     changed = difference(*fixed) + difference(state["data"], settings["data"])
     changed += difference(*({"processes": s["processes"]} for s in (state, settings)))
     before = state["options"]["steps"]

@@ -14,9 +14,15 @@ from collections.abc import Sequence
 T = typing.TypeVar("T")
 
 
-def option(default: object, help: str) -> typing.Any:
-    """A dataclass field with a default and a sentence of help."""
-    return dataclasses.field(default=default, metadata={"help": help})
+def option(default: object, help: str, free: bool = False) -> typing.Any:
+    """A dataclass field with a default and a sentence of help. `free`: a run may be resumed with another value."""
+    return dataclasses.field(default=default, metadata={"help": help, "free": free})
+
+
+def free_names(options: object) -> set[str]:
+    """The options that may change on resume: those marked `free`, also where a subclass has another default."""
+    classes = [c for c in type(options).__mro__ if dataclasses.is_dataclass(c)]
+    return {field.name for c in classes for field in dataclasses.fields(c) if field.metadata.get("free")}
 
 
 def _reader(kind: typing.Any) -> typing.Callable[[str], object]:

@@ -23,10 +23,16 @@ from .options import option
 class LoopOptions:
     """What every method shares."""
 
-    out: str = option("runs/new", "folder of the run: checkpoints, log.jsonl, loss.png, and at the end the result")
-    resume: bool = option(False, "go on from the newest checkpoint in --out that verifies")
-    accept_changes: bool = option(False, "resume although options or data differ; the difference is written to the log")
-    steps: int = option(1000, "steps of the whole run (may be changed on resume, before the cooldown has begun)")
+    out: str = option(
+        "runs/new", "folder of the run: checkpoints, log.jsonl, loss.png, and at the end the result", free=True
+    )
+    resume: bool = option(False, "go on from the newest checkpoint in --out that verifies", free=True)
+    accept_changes: bool = option(
+        False, "resume although options or data differ; the difference is written to the log", free=True
+    )
+    steps: int = option(
+        1000, "steps of the whole run (may be changed on resume, before the cooldown has begun)", free=True
+    )
     batch: int = option(64, "examples a step, over all passes and processes")
     accumulate: int = option(
         1, "passes that a step's batch is cut into, to save memory; the gradient is that of the whole"
@@ -53,15 +59,15 @@ class LoopOptions:
     )
     seed: int = option(0, "seed of everything")
     threads: int = option(2, "CPU threads; part of the result's last bits")
-    save_every: int = option(500, "steps between checkpoints")
-    keep: int = option(2, "checkpoints kept")
-    log_every: int = option(20, "steps between lines of log.jsonl")
-    eval_every: int = option(0, "steps between evaluations of the averaged weights; 0: never")
+    save_every: int = option(500, "steps between checkpoints", free=True)
+    keep: int = option(2, "checkpoints kept", free=True)
+    log_every: int = option(20, "steps between lines of log.jsonl", free=True)
+    eval_every: int = option(0, "steps between evaluations of the averaged weights; 0: never", free=True)
     best: str | None = option(
         None,
         "figure of the evaluations, such as validation_loss:min or right:max, whose best checkpoint is kept and exported",
     )
-    tensorboard: bool = option(False, "write the figures for TensorBoard too, to --out/tensorboard")
+    tensorboard: bool = option(False, "write the figures for TensorBoard too, to --out/tensorboard", free=True)
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ class TuneOptions(ObjectiveOptions, DataOptions, LoopOptions):
         "float32", "of the frozen parts in memory: float32, bfloat16 or float16 (the autoencoder stays float32)"
     )
     cache: str | None = option(
-        "runs/cache", "folder of encoded pictures and captions, shared by all runs; '' keeps none"
+        "runs/cache", "folder of encoded pictures and captions, shared by all runs; '' keeps none", free=True
     )
     validation: str | None = option(
         None, "folder of pictures, captioned alike, for the validation loss at each evaluation"
@@ -181,14 +181,21 @@ class Tune(Task):
         sizes = torch.tensor([visit.sizes for visit in visits], dtype=torch.float32, device=self.pipe.device)
         return self.as_unet(told.pooled), sizes
 
-    def read(self, caption: str) -> dict[str, Tensor]:
-        """What the frozen encoders say of one caption: "context" [s, d], and for XL "pooled" [p].
+    def hear(
+        self, captions: list[str], ids: Sequence[Tensor] | None = None, extra: Sequence[Tensor | None] | None = None
+    ) -> Conditions:
+        """What the encoders say of captions as they are now, with gradients; `ids` and `extra` as in `encode`.
 
         Where the pipeline takes zeros for an empty prompt (SDXL base), so does a dropped caption: guidance will ask for that.
         """
-        told = encode(self.pipe.text_encoders, self.pipe.tokenizers, [caption], bool(self.pipe.unet.config.added_dim))
-        if caption == "" and self.pipe.zero_negative:
-            told = zeroed(told, (True,))
+        xl = bool(self.pipe.unet.config.added_dim)
+        told = encode(self.pipe.text_encoders, self.pipe.tokenizers, captions, xl, ids, extra)
+        dropped = [caption == "" and self.pipe.zero_negative for caption in captions]
+        return zeroed(told, dropped if any(dropped) else ())
+
+    def read(self, caption: str) -> dict[str, Tensor]:
+        """What the frozen encoders say of one caption: "context" [s, d], and for XL "pooled" [p]."""
+        told = self.hear([caption])
         return {"context": told.context[0]} | ({} if told.pooled is None else {"pooled": told.pooled[0]})
 
 
