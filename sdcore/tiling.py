@@ -22,6 +22,7 @@ Legend: b pictures, c channels, h w height and width (of whatever level), z late
 import copy
 from collections import deque
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,12 +31,13 @@ from torch import Tensor, nn
 
 from sdcore import ops
 from sdcore.errors import ConfigError, ImageError
-from sdcore.vae import VAE, Attention, GroupNorm, Level, Middle, Moments, Resnet
+from sdcore.vae import VAE, GroupNorm, Moments
 
 ROWS = 4  # latent rows of a strip: 32 rows of pixels
 SIDE, OVERLAP = 64, 16  # of a tile, in latent values: 512 and 128 pixels
 QUERIES = 4096  # places that look at all others at once
 
+Layer = Any  # the class is in the function's docstring: what is in a ModuleList mypy takes for any module
 Pointwise = Callable[[Tensor], Tensor]  # what is done to every pixel of a strip before a convolution looks at it
 
 
@@ -71,7 +73,7 @@ def decode_safely(vae: VAE, z: Tensor, tiling: str | None = None) -> tuple[Tenso
 
 
 def encode_safely(vae: VAE, pixels: Tensor, tiling: str | None = None) -> tuple[Moments, str]:
-    """Pixels [b, 3, f h, f w] fp32 in -1..1 -> (mean and log-variance [b, z, h, w], fp32 at least, what to tell the user or "")."""
+    """Pixels [b, 3, f h, f w] fp32 in -1..1 -> (mean and log-variance [b, z, h, w], what to tell the user or "")."""
 
     def work(model: VAE, one: Tensor) -> Tensor:
         return _wide(torch.cat(encode(model, one, tiling), dim=1))
@@ -179,7 +181,7 @@ def sweep(conv: nn.Conv2d, x: Plane, before: Pointwise | None, device: torch.dev
     (none where it halves the side), at the right and the bottom one.
     """
     before = before or (lambda strip: strip)
-    edge = conv.padding[0]
+    edge = int(conv.padding[0])
     above = None  # the last row of the strip before
     while x.strips:
         strip = x.strips.popleft().to(device)
@@ -202,10 +204,10 @@ def convolved(conv: nn.Conv2d, x: Plane, before: Pointwise | None, device: torch
     return out
 
 
-def resnet(block: Resnet, x: Plane, device: torch.device) -> Plane:
-    """`Resnet.forward`. While the first convolution goes down the plane, the shortcut takes the strips that it leaves behind."""
+def resnet(block: Layer, x: Plane, device: torch.device) -> Plane:
+    """`vae.Resnet.forward`. While the first convolution goes down the plane, the shortcut takes the strips it leaves behind."""
     shortcut = block.conv_shortcut if hasattr(block, "conv_shortcut") else lambda strip: strip
-    h, beside = Plane(x.park), deque()
+    h, beside = Plane(x.park), deque[Tensor]()
     for strip, y in sweep(block.conv1, x, x.norm(block.norm1), device):
         h.add(y)
         beside.append(shortcut(strip).to(x.park))
@@ -220,8 +222,8 @@ def doubled(strip: Tensor) -> Tensor:
     return F.interpolate(strip, scale_factor=2.0, mode="nearest")
 
 
-def level(block: Level, x: Plane, device: torch.device) -> Plane:
-    """`Level.forward`."""
+def level(block: Layer, x: Plane, device: torch.device) -> Plane:
+    """`vae.Level.forward`."""
     for one in block.resnets:
         x = resnet(one, x, device)
     for down in getattr(block, "downsamplers", ()):
@@ -231,13 +233,13 @@ def level(block: Level, x: Plane, device: torch.device) -> Plane:
     return x
 
 
-def middle(block: Middle, x: Tensor) -> Tensor:
-    """`Middle.forward`, whole: at the latent's size there are 512 numbers a value, which is 8 a pixel."""
+def middle(block: Layer, x: Tensor) -> Tensor:
+    """`vae.Middle.forward`, whole: at the latent's size there are 512 numbers a value, which is 8 a pixel."""
     return block.resnets[1](attend(block.attentions[0], block.resnets[0](x)))
 
 
-def attend(attention: Attention, x: Tensor) -> Tensor:
-    """`Attention.forward`, some queries at a time: some implementations hold all their scores in memory."""
+def attend(attention: Layer, x: Tensor) -> Tensor:
+    """`vae.Attention.forward`, some queries at a time: some implementations hold all their scores in memory."""
     tokens = rearrange(attention.group_norm(x), "b c h w -> b (h w) c")
     k, v = attention.to_k(tokens), attention.to_v(tokens)
     parts = [ops.attention(attention.to_q(part), k, v, heads=1) for part in tokens.split(QUERIES, dim=1)]
@@ -280,6 +282,7 @@ def blended(model: Callable[[Tensor], Tensor], x: Tensor, a: int, b: int, side: 
             there = (..., slice(b * top, b * top + y.shape[2]), slice(b * left, b * left + y.shape[3]))
             out[there] += weight * y
             total[there] += weight
+    assert out is not None  # there is a tile at least
     return (out / total).to(x.dtype)
 
 
