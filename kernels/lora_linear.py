@@ -26,9 +26,9 @@ from sdcore.kernels.common import FLOATS, Build, build, can_run, dot, empty, nam
 from sdcore.kernels.gemm import TOGETHER, Tile, choose, held_by, processors_of, tile_of
 from torch import Tensor
 
-WIDEST = 128  # rank
+WIDEST, WIDEST_FP32 = 128, 64  # ranks: wider ones would not fit the registers
 HALF = (Tile(128, 128, 64, 8, 3, 1.0, least=90), Tile(128, 64, 64, 8, 3, 0.8), Tile(64, 64, 64, 4, 3, 0.6))
-FULL = (Tile(64, 64, 32, 4, 2, 1.0),)
+FULL = (Tile(32, 32, 32, 8, 2, 1.0),)
 
 
 @triton.jit
@@ -133,7 +133,7 @@ def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up
 
 
 def accepts(x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float) -> bool:
-    """One dtype, a rank of at most 128, a device where Triton runs."""
+    """One dtype, a rank of at most 128 (fp32: 64), a device where Triton runs."""
     given = [t for t in (x, weight, bias, down, up) if t is not None]
     n, k = weight.shape
     return (
@@ -143,7 +143,7 @@ def accepts(x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Te
         and x.shape[-1] == k
         and down.shape == (len(down), k)
         and up.shape == (n, len(down))
-        and 0 < len(down) <= WIDEST
+        and 0 < len(down) <= (WIDEST_FP32 if x.dtype == torch.float32 else WIDEST)
         and x.numel() > 0
         and row_stride(x) is not None
         and (bias is None or bias.is_contiguous())
@@ -163,7 +163,7 @@ def builds() -> list[Build]:
         types = {**dict.fromkeys(("x", "weight", "bias", "down", "up", "y"), f"*{t}"), "scale": "fp32"}
         for kind, strides in (("forward", forward_strides), ("backward", turned)):
             for tile in FULL if dtype == torch.float32 else HALF:
-                for rank in (16, 64, 128):
+                for rank in (16, 64) if dtype == torch.float32 else (16, 64, 128):
                     name = f"lora_linear {kind} {t} {tile.m}x{tile.n}x{tile.k} rank {rank}"
                     constants = {"BIAS": kind == "forward", "WHOLE": True, **tile.constants, **strides}
                     constants |= {"R": rank, "TOGETHER": TOGETHER}
