@@ -306,7 +306,7 @@ def test_full_size_2048(tmp_path, capsys):
 def check(found: dict[str, dict[str, float]], share: float) -> None:
     """The exact way is within 2/255 (by rounding alone, far within); both take at most that share of the whole's memory."""
     assert found["exact"]["max"] < 0.05
-    assert 0.05 < found["fast"]["max"] < 255
+    assert found["fast"]["max"] > 0.05  # or it was not the fast way
     used = {way: figures["peak"] - figures["before"] for way, figures in found.items()}
     assert used["exact"] < share * used["whole"] and used["fast"] < share * used["whole"]
 
