@@ -70,7 +70,7 @@ def compare(name: str, ours: Tensor, theirs: Tensor, exact: Tensor, factor: floa
     why = (
         ""
         if error <= bound
-        else f"{name}: error {error:.3g}, PyTorch's own is {own:.3g}: {ratio:.1f} times; allowed {bound:.3g}"
+        else f"{name}: error {error:.3g}, PyTorch's own is {own:.3g}: {ratio:.1f} times, {factor:g} allowed"
     )
     return Verdict(error <= bound, ratio, why)
 
