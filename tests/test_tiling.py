@@ -116,6 +116,9 @@ def test_strips_are_used_up(monkeypatch):
 def test_parks_where_it_is_told():
     """The meta device holds no numbers: what was sent there cannot come back, so every strip is sent."""
     vae = random_vae(SMALL)
+    plane = tiling.Plane(torch.device("meta"))
+    plane.add(torch.ones(1, 3, 2, 2))
+    assert plane.strips[0].is_meta
     with pytest.raises(NotImplementedError):
         tiling.decode_exact(vae, inputs(SMALL, 8, 8)[0], park=torch.device("meta"))
     assert tiling.parking(vae, torch.zeros(1, 4, 8, 8)) == torch.device("cpu")
