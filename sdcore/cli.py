@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -27,8 +28,8 @@ MAX_COUNT = 100
 # What decides how a picture comes out, kept in its PNG under these names; each is also the name of an option.
 RECORDED = (
     "model", "revision", "variant", "tokenizer", "negative", "steps", "guidance", "sampler", "schedule", "seed", "count",
-    "size", "device", "dtype", "engine", "kernels", "prompt2", "negative2", "emphasis", "clip_skip", "image", "strength", "mask",
-    "feather", "outpaint", "depth", "noise_level", "image_guidance", "image_encoder", "refiner", "hires", "tiling",
+    "size", "device", "dtype", "engine", "kernels", "prompt2", "negative2", "emphasis", "clip_skip", "few_step", "image", "strength",
+    "mask", "feather", "outpaint", "depth", "noise_level", "image_guidance", "image_encoder", "refiner", "hires", "tiling",
 )  # fmt: skip
 LISTED = ("lora", "embedding", "control", "image_prompt")  # the same of options that may be given more than once
 NO_MEMORY = ("out of memory", "can't allocate memory")
@@ -77,10 +78,14 @@ def parser() -> Parser:
         metavar="N",
         help="layers of the text encoder to leave out at the end (%(default)s)",
     )
-    c.add_argument("--steps", type=int, default=30, metavar="N", help="steps of the sampler (%(default)s)")
+    c.add_argument("--steps", type=int, metavar="N", help="steps of the sampler (30; few-step models: theirs)")
     c.add_argument(
-        "--guidance", type=float, default=7.5, metavar="G", help="how closely to follow the prompt (%(default)s)"
+        "--guidance", type=float, metavar="G", help="how closely to follow the prompt (7.5; few-step models: theirs)"
     )
+    c.add_argument(
+        "--few-step", metavar="NAME",
+        help="sample as lcm, tcd, turbo, lightning-4, hyper-8, ... is to be; off: as any model (what its files say)",
+    )  # fmt: skip
     c.add_argument("--sampler", metavar="NAME", help="ddim, euler, euler_a, dpmpp_2m, unipc, ... (the model's own)")
     c.add_argument("--schedule", metavar="NAME", help="leading, trailing, karras, ... (the model's own)")
     c.add_argument("--seed", type=int, default=0, metavar="N", help="which noise to start from (%(default)s)")
@@ -253,7 +258,7 @@ def assigned(text: str, option: str) -> tuple[str, str, list[str]]:
     numbers: list[str] = []
     while ":" in rest and len(numbers) < 2:
         path, _, last = rest.rpartition(":")
-        if not last or last.strip("0123456789.-+eE") or not path:
+        if not path or not re.fullmatch(r"[-+.\deE]+|nan|inf", last):
             break
         numbers, rest = [last, *numbers], path
     return net, rest, numbers
@@ -360,6 +365,7 @@ def generate(args: argparse.Namespace) -> None:
         tell(f"clip skip {args.clip_skip} is left out: the program that made the picture has none for such a model")
         args.clip_skip = 0
     loading |= take_embeddings(pipe, args) | take_loras(pipe, args)
+    args.sampler_options = take_few_step(pipe, args)
     kernels: dict[str, Any] = {}
     if args.engine == "fast":
         pipe = sdcore.accelerate(pipe, kernels=args.kernels or "measured")
@@ -450,6 +456,7 @@ def draw(
     words = dict(
         negative=args.negative, steps=args.steps, guidance=args.guidance, sampler=args.sampler, schedule=args.schedule,
         seed=seed, prompt2=args.prompt2, negative2=args.negative2, emphasis=args.emphasis, clip_skip=args.clip_skip,
+        **args.sampler_options,
     )  # fmt: skip
     notices: list[str] = []
     latents = pixels = None
@@ -520,7 +527,10 @@ def take_pictures(pipe, args: argparse.Namespace) -> dict[str, Any]:
         net, _, kind = net.partition("@")
         if net not in nets:
             nets[net] = load_control(net, pipe)
-        begin, end = share(numbers[1]) if len(numbers) > 1 else (0.0, 1.0)
+        try:
+            begin, end = share(numbers[1]) if len(numbers) > 1 else (0.0, 1.0)
+        except argparse.ArgumentTypeError as error:
+            raise ConfigError(f"--control {text}: {error}") from None
         scale = number(numbers[0], "--control") if numbers else 1.0
         controls.append(Control(nets[net], image.to_unit(fitted(picture)), scale, begin, end, kind=kind or None))
     prompts = image_prompts(pipe, args)
@@ -547,7 +557,7 @@ def image_prompts(pipe, args: argparse.Namespace) -> list:
 
 
 def take_passes(pipe, args: argparse.Namespace, shown: dict[str, Any]) -> list:
-    """What is drawn after the first pass, as (pipeline, what to say to it of the pass before). A refiner makes `shown` end sooner."""
+    """What is drawn after the first pass: (pipeline, what to say to it of the pass before). A refiner has `shown` end sooner."""
     from sdcore import image
 
     further: list = []
@@ -578,6 +588,24 @@ def take_passes(pipe, args: argparse.Namespace, shown: dict[str, Any]) -> list:
 
         further.append((pipe, larger))
     return further
+
+
+def take_few_step(pipe, args: argparse.Namespace) -> dict[str, Any]:
+    """Fill in what the user left open, for a few-step model as it wants it, and say so; return other options of its sampler."""
+    from sdcore.few_step import few_step, recognised
+
+    found = recognised(pipe, [args.model, *(path for path, _ in args.lora)]) if args.few_step is None else None
+    args.few_step = found[0] if found else args.few_step or "off"
+    wanted = {} if args.few_step == "off" else few_step(args.few_step)
+    if found:
+        said = ", ".join(f"{name} {value}" for name, value in wanted.items())
+        tell(f"a few-step model, {found[1]}: {said}, but for what you give; --few-step off draws as with any model")
+    sampled = args.sampler is None  # with another sampler, its schedule and options mean nothing
+    for name, usual in (("steps", 30), ("guidance", 7.5), ("sampler", None), ("schedule", None)):
+        value = wanted.pop(name, usual)
+        if getattr(args, name) is None and (sampled or name != "schedule"):
+            setattr(args, name, value)
+    return wanted if sampled else {}
 
 
 def take_embeddings(pipe, args: argparse.Namespace) -> dict[str, list[str]]:
@@ -631,8 +659,9 @@ def take_settings(args: argparse.Namespace) -> dict[str, Any]:
     for name, value in ({} if ours else image.read_parameters(args.source)).items():
         if name in UNFOLLOWED or (name == "RNG" and value != "CPU"):
             tell(f"{args.source}: says {name}: {value[:80]}, which is not followed")
-    if ours:  # before there was a choice, brackets were read literally
+    if ours:  # before there was a choice, brackets were read literally, and few-step models drew as any
         recorded.setdefault("emphasis", "none")
+        recorded.setdefault("few_step", "off")
     known = [name for name in (RECORDED if ours else FOREIGN) if recorded.get(name) is not None]
     words = [f"--{name.replace('_', '-')}={recorded[name]}" for name in known]
     for name in LISTED:
@@ -650,8 +679,8 @@ def describe(args: argparse.Namespace, pipe) -> dict[str, Any]:
     import torch
 
     names = (
-        "model", "prompt", "negative", "prompt2", "negative2", "emphasis", "clip_skip", "steps", "guidance", "schedule", "engine",
-        "kernels", "image", "strength", "mask", "depth", "image_guidance", "image_encoder", "refiner", "hires", "tiling",
+        "model", "prompt", "negative", "prompt2", "negative2", "emphasis", "clip_skip", "steps", "guidance", "schedule",
+        "few_step", "engine", "kernels", "image", "strength", "mask", "depth", "image_guidance", "image_encoder", "refiner", "hires", "tiling",
     )  # fmt: skip
     given = {name: getattr(args, name) for name in names}
     if args.outpaint:

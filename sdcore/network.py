@@ -112,6 +112,7 @@ class Network:
     @torch.no_grad()
     def work_out(self, steps: Sequence[int]) -> None:
         """Keys and values of all that is told in these steps."""
+        self.version = lora.version(self.unet)
         for told in {id(self.told[i]): self.told[i] for i in steps}.values():
             for net in (self.unet, *self.nets):
                 self.keys_values[id(net), id(told)] = self.run(net, "keys_values", told.context.to(self.dtype))
@@ -130,11 +131,13 @@ class Network:
     # ------------------------------------------------------------------------------------------------ every step
 
     def follow(self, i: int) -> bool:
-        """Set the adapters' strengths of step i; True where they changed, and what hangs on them was worked out anew."""
-        changed = lora.at_step(self.unet, i / len(self.way))
-        if changed:
-            self.work_out(range(i, len(self.way)))
-        return changed
+        """Set the adapters' strengths of step i; True where adapters changed since, here or by the user: then what hangs on them was
+        worked out anew."""
+        lora.at_step(self.unet, i / len(self.way))
+        if self.version == lora.version(self.unet):
+            return False
+        self.work_out(range(i, len(self.way)))
+        return True
 
     def __call__(self, x: Tensor, step: Step) -> Tensor:
         self.place(self.unet, *(act[0].net for act in self.acts))  # a preview may have taken their place

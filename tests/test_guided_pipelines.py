@@ -13,7 +13,7 @@ import torch
 from sdcore.weights.controls import load_control
 
 import sdcore
-from sdcore.controlnet import Control
+from sdcore.controlnet import Control, ControlNet
 from sdcore.errors import ConfigError
 from sdcore.ip_adapter import ImagePrompt, IPAdapterConfig
 from tests.test_ip_adapter import made, two_tables
@@ -54,18 +54,13 @@ def unit(start) -> torch.Tensor:
 def both_ways(pipe, want, *args, **options) -> None:
     """Plain and accelerated, the pipeline draws what diffusers drew; hints are encoded once a picture."""
     for one in (pipe, sdcore.accelerate(pipe)):
-        encoded = []
-        hooks = [
-            module.register_forward_hook(lambda *_, encoded=encoded: encoded.append(1))
-            for control in options.get("control", ())
-            for name, module in control.net.named_modules()
-            if name in ("controlnet_cond_embedding.conv_in", "adapter.conv_in")
-        ]
-        equal(one(*args, **options).images, want)
-        for hook in hooks:
-            hook.remove()
-        if one is pipe:
-            assert len(encoded) == len(hooks)
+        encoded, embed = [], ControlNet.embed_hint
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(
+                ControlNet, "embed_hint", lambda net, *a, embed=embed, n=encoded: n.append(1) or embed(net, *a)
+            )
+            equal(one(*args, **options).images, want)
+        assert len(encoded) == sum(isinstance(c.net, ControlNet) for c in options.get("control", ()))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -157,6 +152,28 @@ def test_picture_prompt_with_control(folders, pipes, nets, family):  # noqa: F81
     both_ways(pipe, want, "cat", steps=5, guidance=3.0, seed=1, **options)
     without = pipe("cat", steps=5, guidance=3.0, seed=1, control=options["control"]).images[0].pixels.astype(int)
     assert np.abs(without - np.asarray(want[0])).max() > 4
+
+
+@pytest.mark.parametrize("family, kind", [("sd1", "full_adapter"), ("sdxl", "full_adapter_xl")])
+def test_features_of_a_t2i_adapter(folders, pipes, family, kind):  # noqa: F811
+    """Its features are worked out once, and added on the way down."""
+    unet = pipes(family).unet.config
+    theirs = diffusers.T2IAdapter(
+        in_channels=3, channels=(*unet.channels, unet.channels[-1])[:4], num_res_blocks=2, adapter_type=kind,
+        downscale_factor=16 if kind.endswith("xl") else 8,
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    theirs.save_pretrained(folder := folders(family).parent / kind)
+    hint = picture(seed=5)
+    want = peer(folders(family), f"StableDiffusion{XL[family]}AdapterPipeline", adapter=theirs.eval())(
+        "cat", image=hint.pil, num_inference_steps=5, guidance_scale=3.0, generator=seeded(1),
+        adapter_conditioning_scale=0.8, height=SIZE, width=SIZE,
+    ).images  # fmt: skip
+    control = [Control(load_control(folder, pipes(family)), unit(hint), scale=0.8)]
+    both_ways(pipes(family), want, "cat", steps=5, guidance=3.0, seed=1, control=control)
 
 
 def test_control_acts_where_its_mask_says(pipes, nets):  # noqa: F811
