@@ -28,8 +28,8 @@ MAX_COUNT = 100
 # What decides how a picture comes out, kept in its PNG under these names; each is also the name of an option.
 RECORDED = (
     "model", "revision", "variant", "tokenizer", "negative", "steps", "guidance", "sampler", "schedule", "seed", "count",
-    "size", "device", "dtype", "engine", "kernels", "prompt2", "negative2", "emphasis", "clip_skip", "few_step", "image", "strength",
-    "mask", "feather", "outpaint", "depth", "noise_level", "image_guidance", "image_encoder", "refiner", "hires", "tiling",
+    "size", "device", "dtype", "engine", "kernels", "prompt2", "negative2", "emphasis", "clip_skip", "few_step", "image",
+    "strength", "mask", "feather", "outpaint", "depth", "noise_level", "image_guidance", "image_encoder", "refiner", "hires", "tiling",
 )  # fmt: skip
 LISTED = ("lora", "embedding", "control", "image_prompt")  # the same of options that may be given more than once
 NO_MEMORY = ("out of memory", "can't allocate memory")
@@ -680,7 +680,8 @@ def describe(args: argparse.Namespace, pipe) -> dict[str, Any]:
 
     names = (
         "model", "prompt", "negative", "prompt2", "negative2", "emphasis", "clip_skip", "steps", "guidance", "schedule",
-        "few_step", "engine", "kernels", "image", "strength", "mask", "depth", "image_guidance", "image_encoder", "refiner", "hires", "tiling",
+        "few_step", "engine", "kernels", "image", "strength", "mask", "depth", "image_guidance", "image_encoder", "refiner",
+        "hires", "tiling",
     )  # fmt: skip
     given = {name: getattr(args, name) for name in names}
     if args.outpaint:
