@@ -1,5 +1,6 @@
 """Few-step models: a UNet that hears the guidance scale; presets as the model cards have them; what is known of a model."""
 
+import json
 import re
 import sys
 import types
@@ -7,10 +8,12 @@ from dataclasses import replace
 from unittest import mock
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from sdcore.weights.configs import unet_config, unet_table
 
+import sdcore
 from sdcore.errors import ConfigError
 from sdcore.few_step import PRESETS, few_step, recognised
 from sdcore.guidance import denoiser
@@ -18,6 +21,7 @@ from sdcore.samplers import initial, make_steps, sample
 from sdcore.scheduler import LCM_SCHEDULER, SDXL_SCHEDULER, TURBO_SCHEDULER
 from sdcore.unet import SD15, UNet, scale_sinusoids
 from tests.peers import inputs, randomise, small
+from tests.tiny_models import write_folder
 
 # ------------------------------------------------------------------------------------------------ a UNet that hears the scale
 
@@ -171,3 +175,27 @@ def test_what_was_shipped_with_a_model_is_recognised():
     assert recognised(pipe_with(replace(LCM_SCHEDULER, sampler="tcd")))[0] == "tcd"
     assert recognised(pipe_with(TURBO_SCHEDULER))[0] == "turbo"
     assert recognised(pipe_with(replace(TURBO_SCHEDULER, sampler="euler"))) is None  # trailing alone says nothing
+
+
+# ------------------------------------------------------------------------------------------------ in the pipeline
+
+
+def test_a_latent_consistency_model_draws_as_in_diffusers(tmp_path):
+    """LCM_Dreamshaper_v7's kind, small: the scale is heard, the batch not doubled; 4 steps, the same noise, 1/255."""
+    folder = write_folder(tmp_path / "lcm", "sd1")
+    table = json.loads((folder / "unet/config.json").read_text()) | {"time_cond_proj_dim": 32}
+    torch.manual_seed(0)
+    diffusers.UNet2DConditionModel.from_config(table).save_pretrained(folder / "unet")
+    scheduler = diffusers.LCMScheduler.from_config(SDXL)
+    scheduler.save_pretrained(folder / "scheduler")
+    theirs = diffusers.LatentConsistencyModelPipeline.from_pretrained(folder, scheduler=scheduler, safety_checker=None)
+    theirs.set_progress_bar_config(disable=True)
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    generator = torch.Generator().manual_seed(5)
+    want = theirs("a red circle", 64, 64, 4, guidance_scale=8.0, latents=noise, generator=generator).images[0]
+    ours = sdcore.load(str(folder), device="cpu")
+    assert recognised(ours)[0] == "lcm-guided"
+    got = ours("a red circle", noise=noise, seed=5, **few_step("lcm-guided")).images[0]
+    other = ours("a red circle", noise=noise, seed=5, **few_step("lcm-guided") | {"guidance": 2.0}).images[0]
+    assert np.abs(np.asarray(got, dtype=np.int16) - np.asarray(want, dtype=np.int16)).max() <= 1
+    assert np.abs(np.asarray(got, dtype=np.int16) - np.asarray(other, dtype=np.int16)).max() > 1

@@ -3,14 +3,21 @@
 import math
 from dataclasses import replace
 
+import diffusers
 import numpy as np
 import pytest
 import torch
+from diffusers.guiders.adaptive_projected_guidance import normalized_guidance
 
+import sdcore
+from sdcore import lora
+from sdcore.changes import LowRank
 from sdcore.errors import ConfigError
-from sdcore.guidance import Guidance, denoiser, rescaled, to_x0
-from sdcore.samplers import add_noise, make_steps
-from sdcore.scheduler import SD15_SCHEDULER
+from sdcore.guidance import Guidance, denoiser, orthogonal, rescaled, to_x0
+from sdcore.samplers import add_noise, make_steps, sample
+from sdcore.scheduler import SD2_V_SCHEDULER, SD15_SCHEDULER
+from sdcore.variants import freeu, perturbed
+from tests import tiny_models
 
 STEPS = make_steps(SD15_SCHEDULER, 10, "euler")
 
@@ -151,6 +158,192 @@ def test_several_prompts_are_composed_before_they_are_guided_towards_a_picture()
     text = 0.6 * (1.9 - 0.7) + 0.5 * (1.1 - 0.7)
     output = x * step.input_scale * (0.3 + 1.5 * (0.7 - 0.3) + 7.5 * text)
     assert torch.allclose(x0, x - step.sigma * output, rtol=1e-12)
+
+
+# ------------------------------------------------------------------------------------------------ APG
+
+
+@pytest.mark.parametrize("longest", [3.0, 15.0, math.inf])
+def test_the_projection_is_diffusers(longest):
+    clean, difference = latents(), latents().roll(1, -1) * torch.tensor([0.3, 3.0]).reshape(2, 1, 1, 1)
+    limit = 0.0 if longest == math.inf else longest  # 0 is diffusers' word for no limit
+    want = normalized_guidance(
+        clean + difference, clean, 1.0, None, 0.0, limit
+    )  # one of two answers to tell the sign by
+    ours = clean + orthogonal(difference, clean + difference, longest)
+    assert torch.allclose(ours, want, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("config", [SD15_SCHEDULER, SD2_V_SCHEDULER], ids=["epsilon", "v"])
+def test_apg_is_the_papers_in_clean_latents(config):
+    """2410.02416, algorithm 1: D = D_c + (w - 1) (Δ - the part of Δ along D_c), Δ = D_c - D_u cut to its longest norm."""
+
+    def network(x, step):  # answers that point in different directions
+        return torch.cat([x[:2].roll(1, -1) * 0.4, torch.tanh(x[2:])])
+
+    for step in make_steps(config, 10, "ddim")[1::4]:
+        x = latents()
+        uncond, cond = (to_x0(x, out, step) for out in network(torch.cat([x, x]), step).chunk(2))
+        for k, got in enumerate(denoiser(network, guidance=Guidance(9.0, apg=4.0))(x, step)):
+            c, u = cond[k].numpy(), uncond[k].numpy()
+            delta = (c - u) * min(1.0, 4.0 / np.linalg.norm(c - u))
+            want = c + 8.0 * (delta - (delta * c).sum() / (c * c).sum() * c)
+            assert np.allclose(got.numpy(), want, rtol=1e-10, atol=1e-10)
+
+
+# ------------------------------------------------------------------------------------------------ CFG++
+
+
+def waves(x, step):
+    """A network of two answers that differ in more than size."""
+    t = step.t / 1500
+    return torch.cat([torch.tanh(0.5 * x[:2] + t), torch.tanh(0.9 * x[2:].roll(1, -1) - t)])
+
+
+@pytest.mark.parametrize("config", [SD15_SCHEDULER, SD2_V_SCHEDULER], ids=["epsilon", "v"])
+def test_cfg_plus_plus_is_the_papers_ddim(config):
+    """2406.08070, algorithm 2: x' = signal' x0_guided + noise' eps_negative, in fp64."""
+    steps, x = make_steps(config, 10, "ddim"), latents()
+    walk = sample(denoiser(waves, guidance=Guidance(0.6, plus_plus=True)), x, steps)
+    for (step, after, _), end in zip(walk, [*steps[1:], None], strict=True):
+        negative, positive = (to_x0(x, out, step) for out in waves(torch.cat([x, x]), step).chunk(2))
+        eps = (x - step.signal * negative) / step.noise
+        a = end.alpha_bar if end else float(sdcore.scheduler.levels(config)[0])
+        x = math.sqrt(a) * (negative + 0.6 * (positive - negative)) + math.sqrt(1 - a) * eps
+        assert torch.allclose(after, x, rtol=1e-9, atol=1e-9)
+
+
+def test_cfg_plus_plus_with_euler_is_that_of_ddim():
+    """Euler is ddim with x divided by signal, so they end at the same clean latent; euler's sigmas are rounded to fp32."""
+    ends = []
+    for name in ("ddim", "euler"):
+        steps = make_steps(replace(SD15_SCHEDULER, set_alpha_to_one=True), 10, name, "leading")
+        start = latents() * math.sqrt(1 if name == "euler" else steps[0].alpha_bar)
+        ends.append(
+            [x for _, x, _ in sample(denoiser(waves, guidance=Guidance(0.6, plus_plus=True)), start, steps)][-1]
+        )
+    assert torch.allclose(ends[0], ends[1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "euler", "euler_a", "tcd"])
+def test_cfg_plus_plus_knows_the_samplers_that_it_is_defined_for(sampler):
+    Guidance(0.6, plus_plus=True).check(make_steps(SD15_SCHEDULER, 8, sampler))
+
+
+@pytest.mark.parametrize("sampler", ["lms", "pndm", "heun", "dpm2", "dpmpp_2m", "dpmpp_2s_a", "unipc", "deis", "lcm"])
+def test_cfg_plus_plus_refuses_other_samplers(sampler):
+    steps = make_steps(SD15_SCHEDULER, 8, sampler)
+    with pytest.raises(ConfigError, match="ddim"):
+        Guidance(0.6, plus_plus=True).check(steps)
+    Guidance(7.5).check(steps)
+
+
+# ------------------------------------------------------------------------------------------------ twins: PAG and FreeU
+
+PROMPT = "a red circle above a blue square"
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Family -> (our pipeline on a small random model, its folder), made on first use. Latents of 16 x 16: a middle of more than
+    one token, or there would be nothing to perturb."""
+    root, made = tmp_path_factory.mktemp("models"), {}
+
+    def model(family):
+        if family not in made:
+            folder = tiny_models.write_folder(root / family, family, sample_size=16)
+            made[family] = sdcore.load(str(folder), device="cpu"), folder
+        return made[family]
+
+    return model
+
+
+def drawn_by_diffusers(name, folder, prepare=lambda pipe: None, **options):
+    kind = getattr(diffusers, name)
+    pipe = kind.from_pretrained(folder, **({"add_watermarker": False} if "XL" in name else {"safety_checker": None}))
+    pipe.set_progress_bar_config(disable=True)
+    prepare(pipe)
+    noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(3))
+    picture = pipe(PROMPT, num_inference_steps=3, latents=noise, **options).images[0]
+    return noise, np.asarray(picture, dtype=np.int16)
+
+
+@pytest.mark.parametrize("scale", [3.0, 0.0], ids=["guided", "alone"])
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_pag_equals_diffusers(models, family, scale):
+    ours, folder = models(family)
+    name = {"sd1": "StableDiffusionPAGPipeline", "sdxl": "StableDiffusionXLPAGPipeline"}[family]
+    noise, want = drawn_by_diffusers(name, folder, guidance_scale=scale, pag_scale=2.0)
+    before = ours.unet.state_dict()
+    got = ours(PROMPT, noise=noise, steps=3, guidance=Guidance(scale, pag=2.0))
+    assert np.abs(np.asarray(got.images[0], dtype=np.int16) - want).max() <= 1
+    plain = ours(PROMPT, noise=noise, steps=3, guidance=scale)
+    assert np.abs(np.asarray(plain.images[0], dtype=np.int16) - want).max() > 1  # it does something
+    assert all(torch.equal(tensor, before[key]) for key, tensor in ours.unet.state_dict().items())
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_freeu_equals_diffusers(models, family):
+    ours, folder = models(family)
+    factors = dict(s1=0.9, s2=0.2, b1=1.3, b2=1.4)
+    name = {"sd1": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline"}[family]
+    noise, want = drawn_by_diffusers(name, folder, lambda pipe: pipe.enable_freeu(**factors), guidance_scale=3.0)
+    options = dict(noise=noise, steps=3, guidance=3.0)
+    got = replace(ours, unet=freeu(ours.unet, **factors))(PROMPT, **options)
+    assert np.abs(np.asarray(got.images[0], dtype=np.int16) - want).max() <= 1
+    assert np.abs(np.asarray(ours(PROMPT, **options).images[0], dtype=np.int16) - want).max() > 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("variant", [perturbed, freeu])
+def test_a_twin_shares_everything_and_leaves_the_unet_as_it_is(models, variant):
+    """Parameters are the same objects; adapters that come, and go, act on both."""
+    unet = models("sd1")[0].unet
+    g = torch.Generator().manual_seed(0)
+    x, context = torch.randn(1, 4, 16, 16, generator=g), torch.randn(1, 24, unet.config.context_dim, generator=g)
+
+    def seen(net):
+        return net(x, torch.tensor([500]), context)
+
+    before, twin = seen(unet), variant(unet)
+    other = seen(twin)
+    ours, theirs = dict(unet.named_parameters()), dict(twin.named_parameters())
+    assert list(ours) == list(theirs) and all(theirs[name] is p for name, p in ours.items())
+    assert torch.equal(seen(unet), before) and not torch.allclose(other, before, atol=1e-3)
+    layer = "mid_block.attentions.0.transformer_blocks.0.attn1.to_v"
+    width = unet.get_submodule(layer).weight.shape[0]
+    change = LowRank(torch.randn(2, width, generator=g), torch.randn(width, 2, generator=g))
+    with lora.using({"unet": twin}, lora.Adapter("style", {"unet": {layer: change}})):
+        assert not torch.equal(seen(unet), before) and not torch.equal(seen(twin), other)
+        assert lora.strengths({"unet": unet}) == {"style": 1.0}
+    assert torch.equal(seen(unet), before) and torch.equal(seen(twin), other)
+
+
+def test_pag_is_asked_of_the_positive_conditions_inside_the_interval():
+    network, blind, x = answers_of(0.7, 1.9), answers_of(1.1), latents()
+    denoise = denoiser(network, guidance=Guidance(7.5, pag=2.0, interval=(0.5, 5.0)), perturbed=blind)
+    inside = [step for step in STEPS if 0.5 <= step.sigma <= 5.0]
+    for step in STEPS:
+        x0 = denoise(x, step)
+        factor = 0.7 + 7.5 * (1.9 - 0.7) + 2.0 * (1.9 - 1.1) if step in inside else 1.9
+        assert torch.allclose(x0, x - step.sigma * x * step.input_scale * factor, rtol=1e-12)
+    assert blind.asked == [2] * len(inside)
+
+
+def test_pag_needs_its_network_and_one_prompt():
+    with pytest.raises(ConfigError, match="perturbed"):
+        denoiser(Recorder(), guidance=Guidance(7.5, pag=3.0))
+    with pytest.raises(ConfigError, match="AND"):
+        denoiser(Recorder(), guidance=Guidance(7.5, pag=3.0), perturbed=Recorder(), shares=[0.5, 0.5])
+
+
+@pytest.mark.parametrize("factors", [dict(b1=0.0), dict(s2=-1.0), dict(s1=float("nan")), dict(b2=math.inf)], ids=str)
+def test_freeu_refuses_what_is_no_factor(models, factors):
+    with pytest.raises(ConfigError, match=next(iter(factors))):
+        freeu(models("sd1")[0].unet, **factors)
+
+
+# ------------------------------------------------------------------------------------------------ refusals
 
 
 @pytest.mark.parametrize(

@@ -74,8 +74,8 @@ def test_half_the_way_and_back_is_closer():
 
 @torch.no_grad()
 def test_the_bundled_model_draws_its_picture_again_from_the_inverted_noise():
-    """A picture that it drew, to noise and back without guidance: at 50 steps within 2/255 on average (seen: latents 4.2 % of
-    their range off at worst), and closer by the factor by which there are more steps."""
+    """A picture that it drew, to noise and back without guidance. At 50 steps latents come back to 6 % (5/255 a pixel), at 200 to
+    1.3 % (0.4/255): closer by the factor by which there are more steps."""
     pipe, prompt = sdcore.load("tiny"), "a red circle above a blue square"
     drawn = pipe(prompt, steps=25, guidance=3, seed=1, output="latent").latents
 
@@ -86,7 +86,8 @@ def test_the_bundled_model_draws_its_picture_again_from_the_inverted_noise():
         return pipe(prompt, sampler="ddim", noise=noise, **options).latents
 
     again, closer = there_and_back(50), there_and_back(200)
-    assert (pipe.decode(again) - pipe.decode(drawn)).abs().mean() / 2 < 2 / 255
+    assert (again - drawn).norm() < 0.06 * drawn.norm()
+    assert (pipe.decode(closer) - pipe.decode(drawn)).abs().mean() / 2 < 1 / 255
     assert (again - drawn).norm() / (closer - drawn).norm() == pytest.approx(4, rel=0.3)
 
 
