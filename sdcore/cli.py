@@ -29,7 +29,8 @@ MAX_COUNT = 100
 RECORDED = (
     "model", "revision", "variant", "tokenizer", "negative", "steps", "guidance", "sampler", "schedule", "seed", "count",
     "size", "device", "dtype", "engine", "kernels", "prompt2", "negative2", "emphasis", "clip_skip", "few_step", "image",
-    "strength", "mask", "feather", "outpaint", "depth", "noise_level", "image_guidance", "image_encoder", "refiner", "hires", "tiling",
+    "strength", "mask", "feather", "outpaint", "depth", "noise_level", "image_guidance", "image_encoder", "refiner", "hires",
+    "tiling",
 )  # fmt: skip
 LISTED = ("lora", "embedding", "control", "image_prompt")  # the same of options that may be given more than once
 NO_MEMORY = ("out of memory", "can't allocate memory")
