@@ -460,7 +460,8 @@ def draw(
         **args.sampler_options,
     )  # fmt: skip
     notices: list[str] = []
-    latents = pixels = None
+    latents: Any = None
+    pixels: Any = None
     for which, (model, options) in enumerate([(pipe, lambda *_: shown), *further]):
         run = model.steps(args.prompt, **words | options(latents, pixels))
         name = f"seed {seed}" + (f", pass {which + 1}" if further else "")
@@ -544,7 +545,7 @@ def image_prompts(pipe, args: argparse.Namespace) -> list:
     from sdcore.ip_adapter import ImagePrompt
     from sdcore.weights.ip_adapters import load_ip_adapter
 
-    made = []
+    made: list[ImagePrompt] = []
     for text in args.image_prompt:
         net, path, numbers = assigned(text, "--image-prompt")
         if not args.image_encoder:
@@ -577,8 +578,8 @@ def take_passes(pipe, args: argparse.Namespace, shown: dict[str, Any]) -> list:
         shown["span"] = (0.0, at)
         further.append((refiner, lambda latents, pixels: {"image": latents, "span": (at, 1.0)}))
     if args.hires:
-        times, strength = weighted(args.hires)
-        times, strength = number(times, "--hires"), 0.5 if strength is None else strength
+        text, wanted = weighted(args.hires)
+        times, strength = number(text, "--hires"), 0.5 if wanted is None else wanted
         if not 1 < times <= 8:
             raise ConfigError(f"--hires: expected a number above 1 and up to 8, found {times:g}")
 

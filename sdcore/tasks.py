@@ -202,7 +202,7 @@ def controls(pipe: "Pipeline", given: Canvas, pictures: int, control: Sequence[C
     for each in control:
         if not isinstance(each, Control):
             raise ConfigError(f"control: expected sdcore.controlnet.Control objects, found {type(each).__name__}")
-        own = each.net.config
+        own: Any = each.net.config
         if isinstance(each.net, ControlNet) and (own.context_dim, own.channels) != (unet.context_dim, unet.channels):
             raise ConfigError(
                 f"control: is for a UNet of widths {own.channels} that hears {own.context_dim} numbers a token, this "
