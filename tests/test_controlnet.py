@@ -296,6 +296,19 @@ def test_layouts(tmp_path, family, layout):
     assert loaded.config == net.config and same(loaded.state_dict(), tensors)
 
 
+def test_original_names_are_those_of_the_released_files():
+    """By the released code: a stem of convolutions with an activation between two, one exit per block, one behind the middle."""
+    with torch.device("meta"):
+        tensors = original(cn.ControlNet(cn.SD15_CONTROL))
+    widths = [(16, 3), (16, 16), (32, 16), (32, 32), (96, 32), (96, 96), (256, 96), (320, 256)]
+    for i, (c_out, c_in) in enumerate(widths):
+        assert tensors[f"input_hint_block.{2 * i}.weight"].shape == (c_out, c_in, 3, 3)
+    exits = [320] * 4 + [640] * 3 + [1280] * 5
+    assert [tensors[f"zero_convs.{i}.0.weight"].shape[0] for i in range(12)] == exits
+    blocks = {"input_hint_block", "zero_convs", "middle_block_out", "input_blocks", "middle_block", "time_embed"}
+    assert {key.split(".")[0] for key in tensors} == blocks and "middle_block_out.0.bias" in tensors
+
+
 @pytest.mark.parametrize("kind", ["mid", "small", "union", "shuffle"])
 def test_kin_are_told_apart(tmp_path, kind):
     pipe = pipe_of("sdxl")
