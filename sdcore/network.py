@@ -43,6 +43,7 @@ class Scene:
     scale: Tensor | None = None  # latent consistency models: the guidance that they imitate [1]
     controls: Sequence[Control] = ()
     image_prompts: Sequence["ImagePrompt"] = ()
+    negatives: int = 0  # rows of conditions that come first and see no picture prompt
     latent: tuple[int, int] | None = None  # height and width, which the masks of picture prompts are scaled to
 
     @property
@@ -75,11 +76,11 @@ class Network:
         self.acts = together(scene.controls)
         self.nets = [act[0].net for act in self.acts if isinstance(act[0].net, ControlNet)]
         self.labels = {id(unet): scene.labels}  # what a network hears beside the time
-        place(unet, *(control.net for control in scene.controls))
+        place(unet, *(c.net for c in scene.controls), *(prompt.adapter for prompt in scene.image_prompts))
         lora.at_step(unet, 0.0)
         with torch.no_grad():
             self.shown = [self.show(act) for act in self.acts]
-            self.seen = [prompt.keys_values(self.rows, pictures, scene.latent) for prompt in scene.image_prompts]
+            self.seen = [prompt.keys_values(self.rows, scene.negatives, scene.latent) for prompt in scene.image_prompts]
         self.keys_values: dict[tuple[int, int], list[KeysValues]] = {}  # of (network, conditions), by their id
         self.work_out(range(len(way)))
 

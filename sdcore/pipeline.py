@@ -239,13 +239,14 @@ class Pipeline:
         for notice in notices:
             log.warning(notice)
         scene = Scene(
-            self._time_ids(given.asked, sizes, negative_sizes, told[0].pooled, pictures * len(refused)),
-            begin.beside,
-            begin.labels,
-            imitated,
-            tasks.controls(self, given, pictures, control),
-            tasks.prompts(self, image_prompts),
-            (begin.x.shape[-2], begin.x.shape[-1]),
+            time_ids=self._time_ids(given.asked, sizes, negative_sizes, told[0].pooled, pictures * len(refused)),
+            beside=begin.beside,
+            labels=begin.labels,
+            scale=imitated,
+            controls=tasks.controls(self, given, pictures, control),
+            image_prompts=tasks.prompts(self, image_prompts),
+            negatives=pictures * len(refused),
+            latent=(begin.x.shape[-2], begin.x.shape[-1]),
         )
         network = self._network(told, way, scene, pictures)
         denoise = denoiser(
