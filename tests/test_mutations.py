@@ -58,7 +58,7 @@ FAULTS = [
           "test_pipeline.py::test_own_noise_is_diffusers_noise[sdxl]"),
     Fault("empty negative encoded on SDXL", "sdcore/voices.py", "self.pipe.zero_negative and", "False and",
           "test_pipeline.py::test_equals_diffusers[sdxl-plain-fp64]"),
-    Fault("negative and positive swapped", "sdcore/guidance.py", "negative, wanted =", "wanted, negative =",
+    Fault("negative and positive swapped", "sdcore/guidance.py", "negative, positive = answers", "positive, negative = answers",
           "test_pipeline.py::test_equals_diffusers[sd1-negative-fp64]"),
     Fault("sign of v", "sdcore/solvers.py", "= signal * scale**2, -noise * scale", "= signal * scale**2, noise * scale",
           "test_pipeline.py::test_equals_diffusers[sd2-plain-fp64]"),
