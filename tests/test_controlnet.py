@@ -492,18 +492,20 @@ def test_bad_files_get_one_line_and_change_nothing(tmp_path, fault):
     assert same(pipe.unet.state_dict(), before) and not lora.version(pipe.unet)
 
 
-@pytest.mark.parametrize("fault", ["half a pair", "rank", "nan"])
+@pytest.mark.parametrize("fault", ["half a pair", "rank", "nan", "NaN of its own"])
 def test_bad_control_loras(tmp_path, fault):
     pipe = pipe_of("sd1")
     file = control_lora(net_of(pipe), names.unet_to_ldm(pipe.unet.state_dict(), pipe.unet.config))
     name = KEY.removesuffix(".weight")
     if fault == "half a pair":
         del file[f"{name}.up"]
+    elif fault == "NaN of its own":
+        file["zero_convs.0.0.bias"] = file["zero_convs.0.0.bias"] * float("nan")
     else:
         file[f"{name}.up"] = torch.zeros(32, 3) if fault == "rank" else file[f"{name}.up"] * float("nan")
     files.write(tmp_path / "lora.safetensors", file)
     with pytest.raises(
-        CheckpointError, match={"half a pair": "one of .up and", "rank": "ranks differ", "nan": "NaN"}[fault]
+        CheckpointError, match={"half a pair": "one of .up and", "rank": "ranks differ"}.get(fault, "NaN")
     ):
         controls.load_control(tmp_path / "lora.safetensors", pipe)
 
