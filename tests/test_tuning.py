@@ -102,10 +102,16 @@ def test_gradients_and_loss_of_a_step_are_those_of_diffusers(models, pictures, t
         pixels.append(torch.tensor(np.asarray(x) / 127.5 - 1).permute(2, 0, 1).float())
     with torch.no_grad():
         moments = pipe.vae.encode(torch.stack(pixels)).latent_dist
-        mean, std = moments.mean, moments.std
+        scale = pipe.vae.config.scaling_factor
+        mean, std, _ = task.latents(visits)
+        torch.testing.assert_close(
+            mean, moments.mean * scale, rtol=0, atol=3e-6
+        )  # norms over a pixel or two magnify rounding,
+        torch.testing.assert_close(
+            std, moments.std * scale, rtol=1e-5, atol=3e-6
+        )  # so the UNets are given the same latents
         shape = mean.shape[1:]
-        draws = [torch.randn(shape, generator=rng) for rng in rngs]
-        x0 = (mean + std * torch.stack(draws)) * pipe.vae.config.scaling_factor
+        x0 = mean + std * torch.stack([torch.randn(shape, generator=rng) for rng in rngs])
         noise = torch.stack([torch.randn(shape, generator=rng) for rng in rngs])
         told = pipe.encode_prompt(
             [visit.caption for visit in visits],
@@ -139,9 +145,10 @@ def test_gradients_and_loss_of_a_step_are_those_of_diffusers(models, pictures, t
     assert figures["loss"] == pytest.approx(loss.item(), rel=1e-4)
     theirs = dict(pipe.unet.named_parameters())
     assert len(now.trained) == len(theirs)
-    for name, p in now.trained.items():
+    whole = sum(p.grad.square().sum() for p in theirs.values()).sqrt()
+    for name, p in now.trained.items():  # a bias that a norm takes away again has a gradient of rounding alone
         grad = theirs[name.removeprefix("unet.")].grad
-        assert (p.grad - grad).norm() <= 1e-4 * grad.norm(), name
+        assert (p.grad - grad).norm() <= 1e-4 * grad.norm() + 1e-6 * whole, name
 
 
 def test_a_run_is_exact_to_resume_and_the_best_by_validation(models, pictures, tmp_path):
