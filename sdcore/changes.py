@@ -362,7 +362,8 @@ class DoRA(Change):
     or one an input, [1, n...], and the norm is that of each column of **W + Δ**. Strength s: W + s (W' - W).
 
     rule "peft", for files with `lora_magnitude_vector` (PEFT, diffusers): W' = (W + s Δ) · magnitude / ‖W + s Δ‖, rows. It is
-    also what LyCORIS trains at strength 1 with a number an output. Not linear in the strength; 0 is W itself here.
+    also what LyCORIS trains at strength 1 with a number an output. Not linear in the strength; 0 is W itself here. In
+    training the norm counts as a constant (section 4.3).
 
     Both are the same only where Δ changes no length. Source: Liu et al. 2024, equation 5.
     """
@@ -381,7 +382,7 @@ class DoRA(Change):
             if strength == 0:
                 return torch.zeros_like(w)
             new = w + _or_zero(self.change.delta(weight, strength), w)
-            return new * (magnitude.flatten() / _lengths(new, 0)).reshape(-1, *[1] * (w.ndim - 1)) - w
+            return new * (magnitude.flatten() / _lengths(new, 0).detach()).reshape(-1, *[1] * (w.ndim - 1)) - w
         new = w + _or_zero(self.change.delta(weight), w)
         axis = 0 if magnitude.shape[0] == w.shape[0] else 1
         norm = _lengths(w if axis == 0 else new, axis) + torch.finfo(weight.dtype).eps
@@ -429,10 +430,13 @@ class Sum(Change):
 
 
 def _wide(x: Tensor | None, like: Tensor | None) -> Tensor:
-    """Onto the device of `like`, in fp32, or fp64 where `like` is: half precision is for storing, not for multiplying out."""
+    """Onto the device of `like`, in fp32, or fp64 where `like` is: half precision is for storing, not for multiplying out.
+
+    Gradients pass: in training (train/lora.py) the tensors of a change are parameters.
+    """
     assert x is not None
     dtype = torch.float64 if like is not None and like.dtype == torch.float64 else torch.float32
-    return x.detach().to(like.device if like is not None else x.device, dtype)
+    return x.to(like.device if like is not None else x.device, dtype)
 
 
 def _product(a: Tensor | None, b: Tensor | None, t: Tensor | None, like: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ from sdcore.voices import Conditions, zeroed
 from . import objectives
 from .caches import Latents, Texts, fingerprint
 from .data import DataOptions, Pictures, Visit
-from .objectives import ObjectiveOptions
+from .objectives import Noisy, ObjectiveOptions
 from .options import option
 from .task import LoopOptions, Loss, Part, Task, generator
 
@@ -124,13 +124,17 @@ class Tune(Task):
 
     def loss_of(self, visits: list[Visit], t: Tensor, rngs: list[torch.Generator]) -> Loss:
         """The loss of visits at timesteps t [b]; noise, of the latents and of the way, from each one's own stream."""
+        noisy, mask = self.noised(visits, t, rngs)
+        found = self.predict(noisy.x, noisy.t, self.context([visit.caption for visit in visits]), visits)
+        return Loss(*objectives.weigh(noisy, found, mask))
+
+    def noised(self, visits: list[Visit], t: Tensor, rngs: list[torch.Generator]) -> tuple[Noisy, Tensor | None]:
+        """Latents of visits noised to timesteps t [b], and their masks [b, 1, H, W] where there are any, on the device."""
         mean, std, mask = self.latents(visits)
         draw = torch.stack([torch.randn(m.shape, generator=rng) for m, rng in zip(mean, rngs, strict=True)])
-        x0 = (mean + std * draw).to(self.pipe.device)
-        t = t.to(self.pipe.device)
+        x0, t = (mean + std * draw).to(self.pipe.device), t.to(self.pipe.device)
         noisy = objectives.prepare(self.options, self.scheduler.prediction_type, x0, t, self.alpha_bar, rngs)
-        found = self.predict(noisy.x, t, self.context([visit.caption for visit in visits]), visits)
-        return Loss(*objectives.weigh(noisy, found, None if mask is None else mask.to(self.pipe.device)))
+        return noisy, None if mask is None else mask.to(self.pipe.device)
 
     def validate(self) -> float | None:
         """The mean loss over the validation pictures, each at the same timesteps and with the same noise at every evaluation."""
@@ -155,13 +159,18 @@ class Tune(Task):
 
     def draw(self) -> list[image.Picture]:
         """The pictures of --prompts as the pipeline draws them now, seed by line."""
+        return [
+            self.pipe(text, seed=i, steps=25, guidance=self.options.guidance).images[0]
+            for i, text in enumerate(self.prompt_lines())
+        ]
+
+    def prompt_lines(self) -> list[str]:
+        """The prompts of --prompts. TrainingError: none."""
         assert self.options.prompts
         texts = [line.strip() for line in Path(self.options.prompts).read_text().splitlines() if line.strip()]
         if not texts:
             raise TrainingError(f"--prompts {self.options.prompts}: holds no prompt")
-        return [
-            self.pipe(text, seed=i, steps=25, guidance=self.options.guidance).images[0] for i, text in enumerate(texts)
-        ]
+        return texts
 
     def identity(self) -> dict[str, object]:
         return {"model": self.model, **self.pictures.identity()} | (
