@@ -53,7 +53,7 @@ class DataOptions:
     captions: str = option(
         "txt",
         "txt: a .txt beside each picture, a caption a line; filename; a .json, .jsonl, .csv or .parquet table with file_name and "
-        "text; or text:WORDS for all",
+        "text; or text:WORDS for all, text:WORDS|OTHER WORDS one of them at each visit",
     )
     broken: str = option(
         "refuse", "pictures that are damaged, animated, CMYK, too small or without caption: refuse or skip"
@@ -114,7 +114,7 @@ def scan(options: DataOptions) -> list[tuple[Path, tuple[str, ...]]]:
 def _captions(source: str, folder: Path, paths: list[Path]) -> list[tuple[str, ...]]:
     """The captions of each path."""
     if source.startswith("text:"):
-        return [(source.removeprefix("text:"),)] * len(paths)
+        return [tuple(source.removeprefix("text:").split("|"))] * len(paths)
     if source == "filename":
         return [(p.stem.replace("_", " ").strip(),) for p in paths]
     if source == "txt":
@@ -380,12 +380,12 @@ def open_visit(visit: Visit) -> tuple[Tensor, Tensor | None]:
     for path, promised in ((item.path, item.sha256), (item.mask, item.mask_sha256)):
         if path is not None and (not path.exists() or sha256(path) != promised):
             raise TrainingError(f"{path}: changed or removed since the run began; put it back, or start anew")
-    pixels = _seen(open_picture(item.path).pil, visit.view)
-    mask = None if item.mask is None else _seen(open_picture(item.mask).pil, visit.view)
+    pixels = seen(open_picture(item.path).pil, visit.view)
+    mask = None if item.mask is None else seen(open_picture(item.mask).pil, visit.view)
     return pixels * 2 - 1, None if mask is None else mask.mean(dim=0, keepdim=True)
 
 
-def _seen(picture: Image.Image, view: View) -> Tensor:
+def seen(picture: Image.Image, view: View) -> Tensor:
     """The window of a picture [3, H, W] in 0..1."""
     w, h = view.size
     window = picture.resize(view.resized, Image.Resampling.LANCZOS).crop(

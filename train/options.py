@@ -9,7 +9,7 @@ import argparse
 import dataclasses
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 T = typing.TypeVar("T")
 
@@ -35,8 +35,17 @@ def _reader(kind: typing.Any) -> typing.Callable[[str], object]:
     return kind
 
 
-def parse(options: type[T], argv: Sequence[str] | None, prog: str, description: str | None = None) -> T:
-    """Command line words -> an instance of the dataclass `options`. A wrong word exits with 2 and a line, as argparse does."""
+def parse(
+    options: type[T],
+    argv: Sequence[str] | None,
+    prog: str,
+    description: str | None = None,
+    presets: Mapping[str, Mapping[str, object]] | None = None,
+) -> T:
+    """Command line words -> an instance of the dataclass `options`. A wrong word exits with 2 and a line, as argparse does.
+
+    `presets`: name -> values by field, which `--preset NAME` puts in the place of the defaults.
+    """
     summary = (description or options.__doc__ or "").strip().split("\n")[0]
     parser = argparse.ArgumentParser(
         prog=prog, description=summary, formatter_class=argparse.ArgumentDefaultsHelpFormatter
@@ -48,4 +57,10 @@ def parse(options: type[T], argv: Sequence[str] | None, prog: str, description: 
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=field.default, help=text)
         else:
             parser.add_argument(flag, type=_reader(kinds[field.name]), default=field.default, help=text, metavar="X")
-    return options(**vars(parser.parse_args(argv)))
+    if presets:
+        parser.add_argument("--preset", choices=sorted(presets), help="other defaults, for all that is not given here")
+        preset = parser.parse_args(argv).preset
+        parser.set_defaults(**presets.get(preset, {}))
+    words = vars(parser.parse_args(argv))
+    words.pop("preset", None)
+    return options(**words)

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from sdcore.embeddings import Embedding
-from sdcore.errors import AdapterError, CheckpointError
+from sdcore.errors import AdapterError, CheckpointError, ConfigError
 
 from . import files, pickles
 
@@ -155,3 +155,21 @@ def rows(vectors: Tensor, key: str, path: Path) -> Tensor:
             "expected vectors [n, d] of floats"
         )
     return vectors.reshape(-1, vectors.shape[-1])
+
+
+# ---------------------------------------------------------------- writing
+
+
+def write_embedding(path: str | Path, embedding: Embedding, layout: str) -> None:
+    """An embedding as a `.safetensors` file; for one text encoder named as A1111's kin ("a1111") or "diffusers" name it.
+
+    In A1111's the file's own name is the word. For two text encoders both read `clip_l` and `clip_g`. ConfigError for an unknown
+    layout, AdapterError for three encoders or more.
+    """
+    if layout not in ("a1111", "diffusers"):
+        raise ConfigError(f"layout {layout!r}: expected a1111 or diffusers for an embedding")
+    count = len(embedding.vectors)
+    if count > 2:
+        raise AdapterError(f"embedding {embedding.name!r}: for {count} text encoders, and files are for one or two")
+    keys = PAIRS[0] if count == 2 else ("emb_params" if layout == "a1111" else embedding.name,)
+    files.write(Path(path), dict(zip(keys, embedding.vectors, strict=True)), {"format": "pt", "name": embedding.name})
