@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 
 from sdcore.clip import CLIPTextConfig, CLIPVisionConfig
+from sdcore.controlnet import ControlNetConfig
 from sdcore.errors import CheckpointError
 from sdcore.scheduler import PREDICTIONS, SPACINGS, SchedulerConfig
 from sdcore.unet import UNetConfig
@@ -257,6 +258,20 @@ def unet_table(config: UNetConfig) -> dict:
         table |= {"addition_embed_type": "text_time", "addition_time_embed_dim": config.added_time_dim}
         table["projection_class_embeddings_input_dim"] = config.added_dim
     return table
+
+
+def control_table(config: ControlNetConfig) -> dict:
+    """The config.json with which diffusers builds the same ControlNet."""
+    table = unet_table(config)
+    for name in ("sample_size", "out_channels", "up_block_types"):  # of the way up
+        del table[name]
+    return table | {
+        "_class_name": "ControlNetModel",
+        "conditioning_channels": config.hint_channels,
+        "conditioning_embedding_out_channels": list(config.stem),
+        "controlnet_conditioning_channel_order": "rgb",
+        "global_pool_conditions": config.pooled,
+    }
 
 
 # ---------------------------------------------------------------- autoencoder

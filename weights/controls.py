@@ -15,6 +15,7 @@ Sizes are read off the tensors and have to fit the UNet. What no tensor shows is
 there is none by the name: what is called shuffle is averaged over the picture. What is wrong is said before anything is made.
 """
 
+import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -360,3 +361,20 @@ def adapter_config(source: Source, unet: UNetConfig, family: str) -> T2IAdapterC
 
 def adapter_names(tensors: Tensors, config: T2IAdapterConfig) -> Tensors:
     return {f"adapter.{key}": t for key, t in adapter_numbers(tensors).items()}
+
+
+# ---------------------------------------------------------------- writing
+
+
+def write_control(folder: str | Path, net: ControlNet, dtype: torch.dtype | None = None) -> None:
+    """A ControlNet in the diffusers layout: a folder with config.json and weights, in `dtype` or as they are.
+
+    CheckpointError where it cannot be written; AdapterError for a Union, whose layout is its makers'.
+    """
+    folder = Path(folder)
+    if net.config.kinds:
+        raise AdapterError(f"{folder}: a ControlNet Union is not written")
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(configs.control_table(net.config), indent=2) + "\n"
+    (folder / "config.json").write_text(text, encoding="utf-8")
+    files.write(folder / "diffusion_pytorch_model.safetensors", net.state_dict(), {"format": "pt"}, dtype)
