@@ -22,7 +22,7 @@ from typing import Any
 import sdcore
 from sdcore.errors import ConfigError, ImageError, PromptError, SdcoreError
 
-METHODS = ("text2image", "text", "vae")
+METHODS = ("lora", "dreambooth", "textual-inversion", "controlnet", "text2image", "text", "vae")
 BENCHES = ("kernels", "unet", "pipeline", "train", "compile")
 MAX_COUNT = 100
 # What decides how a picture comes out, kept in its PNG under these names; each is also the name of an option.
@@ -740,9 +740,9 @@ def canny(args: argparse.Namespace) -> None:
 
 
 def train(args: argparse.Namespace) -> int:
-    from sdcore.train import text, text2image, vae
+    import importlib
 
-    return {"text": text, "text2image": text2image, "vae": vae}[args.method].main(args.rest)
+    return importlib.import_module(f"sdcore.train.{args.method.replace('-', '_')}").main(args.rest)
 
 
 def bench(args: argparse.Namespace) -> int:
