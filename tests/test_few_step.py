@@ -115,14 +115,15 @@ def test_a_preset_is_what_its_model_card_says(name):
     guidance, n = options.pop("guidance"), options.pop("steps")
     assert guidance == GUIDED.get(name, 1.0)
     assert n == int((re.findall(r"\d+", name) or [1 if name == "turbo" else 4])[0])
-    steps = make_steps(SDXL_SCHEDULER, n, **options)
-    timesteps, levels, theirs = as_the_card_says(name, n)
-    drawn = iter(noise_of(20))
-    start, denoise = initial(next(drawn), steps), denoiser(lambda z, step: student(z, step.t))
-    walk = sample(denoise, start, steps, noise=lambda x: next(drawn))
-    assert [step.t for step in steps] == timesteps
-    assert [step.sigma if options["sampler"].startswith("euler") else step.alpha_bar for step in steps] == levels
-    assert (([x for _, x, _ in walk][-1] - theirs).abs().max() / theirs.abs().max()).item() <= 1e-5
+    for count in {n, 4} if "eta" in options else {n}:  # a last step draws nothing, whatever eta
+        steps = make_steps(SDXL_SCHEDULER, count, **options)
+        timesteps, levels, theirs = as_the_card_says(name, count)
+        drawn = iter(noise_of(20))
+        start, denoise = initial(next(drawn), steps), denoiser(lambda z, step: student(z, step.t))
+        walk = sample(denoise, start, steps, noise=lambda x: next(drawn))
+        assert [step.t for step in steps] == timesteps
+        assert [step.sigma if options["sampler"].startswith("euler") else step.alpha_bar for step in steps] == levels
+        assert (([x for _, x, _ in walk][-1] - theirs).abs().max() / theirs.abs().max()).item() <= 1e-5
 
 
 def test_an_unknown_preset_names_the_nearest():
@@ -199,3 +200,24 @@ def test_a_latent_consistency_model_draws_as_in_diffusers(tmp_path):
     other = ours("a red circle", noise=noise, seed=5, **few_step("lcm-guided") | {"guidance": 2.0}).images[0]
     assert np.abs(np.asarray(got, dtype=np.int16) - np.asarray(want, dtype=np.int16)).max() <= 1
     assert np.abs(np.asarray(got, dtype=np.int16) - np.asarray(other, dtype=np.int16)).max() > 1
+
+
+def test_the_command_line_samples_a_few_step_model_as_it_wants(tmp_path, monkeypatch, capsys):
+    """By its name, unless the user says otherwise; and it says so."""
+    from sdcore import cli, image
+
+    folder = write_folder(tmp_path / "sd_turbo", "sd1")
+    monkeypatch.chdir(tmp_path)
+
+    def settings(*words):
+        assert cli.main(["generate", "cat", "--model", str(folder), *words]) == 0
+        found = image.read_metadata("out.png")
+        return (found["sampler"], found["schedule"], found["steps"], found["guidance"]), capsys.readouterr().err
+
+    known, said = settings()
+    assert known == ("euler_a", "trailing", 1, 1.0) and "turbo" in said and "--few-step off" in said
+    assert settings("--steps", "3", "--guidance", "2")[0] == ("euler_a", "trailing", 3, 2.0)
+    assert settings("--sampler", "ddim", "--steps", "2")[0] == ("ddim", None, 2, 1.0)
+    assert settings("--few-step", "hyper-2")[0] == ("ddim", "trailing", 2, 1.0)
+    usual, said = settings("--few-step", "off", "--steps", "2")
+    assert usual == ("pndm", None, 2, 7.5) and "turbo" not in said
