@@ -120,7 +120,7 @@ def test_a_preset_is_what_its_model_card_says(name):
         timesteps, levels, theirs = as_the_card_says(name, count)
         drawn = iter(noise_of(20))
         start, denoise = initial(next(drawn), steps), denoiser(lambda z, step: student(z, step.t))
-        walk = sample(denoise, start, steps, noise=lambda x: next(drawn))
+        walk = sample(denoise, start, steps, noise=lambda x: next(drawn))  # noqa: B023 (called here)
         assert [step.t for step in steps] == timesteps
         assert [step.sigma if options["sampler"].startswith("euler") else step.alpha_bar for step in steps] == levels
         assert (([x for _, x, _ in walk][-1] - theirs).abs().max() / theirs.abs().max()).item() <= 1e-5
