@@ -279,7 +279,7 @@ def test_mistakes(run, words, says):
     (["bench", "colours"], ["'colours'", "kernels"]),
     ([""], ["invalid choice"]),
     (["train"], ["method"]),
-    (["train", "lora"], ["'lora'", "text2image"]),
+    (["train", "colours"], ["'colours'", "text2image"]),
     (["inspect"], ["FILE"]),
     (["inspect", "missing.ckpt"], ["missing.ckpt"]),
     (["convert", "missing.ckpt", "out"], ["missing.ckpt"]),
