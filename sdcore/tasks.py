@@ -33,7 +33,7 @@ from sdcore.errors import ConfigError, ImageError
 from sdcore.guidance import Guidance
 from sdcore.ip_adapter import ImagePrompt
 from sdcore.samplers import Noise, Step, add_noise, make_steps
-from sdcore.scheduler import alpha_bars
+from sdcore.scheduler import alpha_bars, check_count
 
 if TYPE_CHECKING:
     from sdcore.pipeline import Pipeline
@@ -247,6 +247,8 @@ def walk(
 
     `span` (begin, end) counts timesteps: (0, 0.8) stops when a fifth of them is left. ConfigError where no step is left.
     """
+    own = next((options[name] for name in ("timesteps", "sigma_list") if options.get(name) is not None), None)
+    steps = check_count(steps if own is None else len(own), pipe.scheduler.train_steps)
     start = options.pop("start", None)
     if start is None:
         start = steps - min(int(steps * given.strength), steps)

@@ -217,7 +217,7 @@ def test_bad_arguments(pipes, options, error, words):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("family", ["sd1-inpaint", "ip2p", "sd2-depth", "refiner"])
+@pytest.mark.parametrize("family", ["sd1-inpaint", "ip2p", "sd2-depth", "x4"])
 def test_models_that_need_a_picture_say_so(pipes, family):
-    with pytest.raises(ConfigError, match="channels|numbers"):
+    with pytest.raises(ConfigError, match="channels where text to image has 4\\): give (mask|image|depth)="):
         pipes(family)("cat", steps=2)
