@@ -132,8 +132,8 @@ class Network:
     # ------------------------------------------------------------------------------------------------ every step
 
     def follow(self, i: int) -> bool:
-        """Set the adapters' strengths of step i; True where adapters changed since, here or by the user: then what hangs on them was
-        worked out anew."""
+        """Set the adapters' strengths of step i; True where adapters changed since, here or by the user: then what hangs on them
+        was worked out anew."""
         lora.at_step(self.unet, i / len(self.way))
         if self.version == lora.version(self.unet):
             return False

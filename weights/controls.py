@@ -58,10 +58,9 @@ def load_control(name: str | Path, pipe: Pipeline) -> ControlNet | T2IAdapter:
     source = read(resolve(name))
     weight = next(pipe.unet.parameters())
     if source.kind == "t2i-adapter":
-        config = adapter_config(source, pipe.unet.config, pipe.family)
-        return fill(
-            "t2i_adapter", config, adapter_names(source.tensors, config), source.path, weight.device, weight.dtype
-        )  # type: ignore
+        sizes = adapter_config(source, pipe.unet.config, pipe.family)
+        tensors = adapter_names(source.tensors, sizes)
+        return fill("t2i_adapter", sizes, tensors, source.path, weight.device, weight.dtype)  # type: ignore
     config = control_config(source, pipe.unet.config, pipe.family)
     part = "controlnet_union" if config.kinds else "controlnet"
     tensors = source.named(config)
@@ -222,11 +221,13 @@ def sort_out(path: Path, tensors: Tensors, values: dict) -> Source:
 def misfit(source: Source, unet: UNetConfig) -> str:
     """What tells a control from the UNet that it would go with; empty where it fits."""
     if source.kind == "t2i-adapter":
-        shown = adapter_channels(source.tensors)
-        wanted = (*unet.channels, unet.channels[-1]) if unet.added_dim else unet.channels
+        widths, side = adapter_channels(source.tensors)
+        taken = (*unet.channels, unet.channels[-1]) if unet.added_dim else unet.channels
         patch = 16 if unet.added_dim else 8
-        if shown[0] != wanted or shown[1] != patch:
-            return f"features of {shown[0]} channels from patches of {shown[1]}, the model takes {wanted} from patches of {patch}"
+        if widths != taken or side != patch:
+            return (
+                f"features of {widths} channels from patches of {side}, the model takes {taken} from patches of {patch}"
+            )
         return ""
     levels = [[c] * (unet.layers + (i < len(unet.channels) - 1)) for i, c in enumerate(unet.channels)]
     wanted_widths = [unet.channels[0], *(c for level in levels for c in level)]
