@@ -383,7 +383,9 @@ def test_two_processes_train_as_one(tmp_path):
         "-m",
         "tests.weighed",
     ]
-    done = subprocess.run([*words, tmp_path], cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    done = subprocess.run(
+        [*words, tmp_path], cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == 0, done.stderr
     whole = weighed.gradients(weighed.options(tmp_path), ranks.Ranks())
     for rank in (0, 1):

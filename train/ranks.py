@@ -8,6 +8,7 @@ The sum is made after the last pass, in buckets of 25 MB. (torch's DDP wrapper w
 averages over processes as if all had looked at equally much, and wants to wrap the module whose forward is called.)
 """
 
+import atexit
 import contextlib
 import datetime
 import os
@@ -91,8 +92,10 @@ def joined() -> Iterator[Ranks]:
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))  # the others wait while the first evaluates
-    try:
-        yield Ranks(dist.get_rank(), dist.get_world_size())
-    finally:
-        dist.destroy_process_group()
+    # Once a process, left at its end: a group that is joined anew through the same store can wait for itself for ever.
+    if not dist.is_initialized():
+        dist.init_process_group(
+            backend, timeout=datetime.timedelta(hours=2)
+        )  # the others wait while the first evaluates
+        atexit.register(dist.destroy_process_group)
+    yield Ranks(dist.get_rank(), dist.get_world_size())
