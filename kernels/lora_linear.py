@@ -26,7 +26,8 @@ from sdcore.kernels.common import FLOATS, Build, build, can_run, dot, empty, nam
 from sdcore.kernels.gemm import TOGETHER, Tile, choose, held_by, processors_of, tile_of
 from torch import Tensor
 
-WIDEST, WIDEST_FP32 = 128, 64  # ranks: wider ones would not fit the registers
+WIDEST, NARROW = 128, 64  # ranks: wider ones would not fit the registers; the second in fp32, and before Hopper
+HOPPER = 90  # compute capability
 HALF = (Tile(128, 128, 64, 8, 3, 1.0, least=90), Tile(128, 64, 64, 8, 3, 0.8), Tile(64, 64, 64, 4, 3, 0.6))
 FULL = (Tile(32, 32, 32, 8, 2, 1.0),)
 
@@ -69,6 +70,12 @@ def lora_linear_forward(
         out += tl.load(bias + column, column < n, 0.0).to(tl.float32)[None, :]
     inside = (row < m)[:, None] & (column < n)[None, :]
     tl.store(y + row.to(tl.int64)[:, None] * n + column[None, :], out, inside)
+
+
+def widest(x: Tensor) -> int:
+    """The widest rank whose factors the device's registers hold beside a tile; under the interpreter as on Hopper."""
+    older = x.is_cuda and torch.cuda.get_device_capability(x.device) < divmod(HOPPER, 10)
+    return NARROW if older or x.dtype == torch.float32 else WIDEST
 
 
 def width(rank: int) -> int:
@@ -143,7 +150,7 @@ def accepts(x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Te
         and x.shape[-1] == k
         and down.shape == (len(down), k)
         and up.shape == (n, len(down))
-        and 0 < len(down) <= (WIDEST_FP32 if x.dtype == torch.float32 else WIDEST)
+        and 0 < len(down) <= widest(x)
         and x.numel() > 0
         and row_stride(x) is not None
         and (bias is None or bias.is_contiguous())
@@ -173,7 +180,7 @@ def builds() -> list[Build]:
                         "stages": tile.stages,
                         "odd": ["m", "r"],
                         "expects": wgmma,
-                        "least": tile.least,
+                        "least": tile.least if rank <= NARROW else HOPPER,
                     }
                     found.append(build(name, lora_linear_forward, constants, **how, **types))
     return found
