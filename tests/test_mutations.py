@@ -54,7 +54,7 @@ FAULTS = [
           "test_pipeline.py::test_equals_diffusers[sd1-plain-fp64]"),
     Fault("last layer for SDXL", "sdcore/pipeline.py", "out.states[-2 - clip", "out.states[-1 - clip",
           "test_pipeline.py::test_equals_diffusers[sdxl-plain-fp64]"),
-    Fault("width before height in the sizes", "sdcore/pipeline.py", "(H, W, 0, 0, H, W), way", "(W, H, 0, 0, W, H), way",
+    Fault("width before height in the sizes", "sdcore/pipeline.py", "(H, W, 0, 0, H, W) if exp", "(W, H, 0, 0, W, H) if exp",
           "test_pipeline.py::test_own_noise_is_diffusers_noise[sdxl]"),
     Fault("empty negative encoded on SDXL", "sdcore/voices.py", "self.pipe.zero_negative and", "False and",
           "test_pipeline.py::test_equals_diffusers[sdxl-plain-fp64]"),
