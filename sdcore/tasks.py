@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 KINDS = {0: "text", 1: "depth", 3: "upscale", 4: "instruct", 5: "inpaint"}  # by a UNet's channels beside the latent
 IMAGE_GUIDANCE = 1.5  # of instruct-pix2pix where none is given
+MAX_NOISE_LEVEL = 350  # of the released upscaler
 STRENGTH = 0.8  # of image to image where none is given; a mask's places are painted from noise
 
 
@@ -138,6 +139,10 @@ def canvas(
     if picture is not None and kind != "upscale":
         picture = filled(picture, drawn)
     near = None if depth is None else fitted(depth, "depth", -math.inf)
+    if near is not None and (near.amax((1, 2, 3)) == near.amin((1, 2, 3))).any():
+        raise ImageError(
+            "depth: the same everywhere, so it says nothing of what is near; give a map with near and far in it"
+        )
     return Canvas(kind, drawn, given, picture, latents, painted, near, float(strength), places, feather)
 
 
@@ -372,9 +377,8 @@ def beside(pipe: "Pipeline", given: Canvas, draw: Noise, shape: Sequence[int]) -
         low, high = near.amin((1, 2, 3), keepdim=True), near.amax((1, 2, 3), keepdim=True)
         return repeated(2 * (near - low) / (high - low) - 1, b).to(pipe.device)
     if given.kind == "instruct":
-        z = (
-            pipe.encode_image(repeated(given.pixels, b)) / pipe.vae.config.scaling_factor
-        )  # as it was trained: not scaled
+        z = pipe.encode_image(repeated(given.pixels, b))
+        z = z / pipe.vae.config.scaling_factor  # so it was trained: not scaled
         return torch.cat([torch.zeros_like(z), z, z])
     return None
 
@@ -384,19 +388,15 @@ def blurred(pipe: "Pipeline", given: Canvas, draw: Noise, noise_level: int) -> t
 
     The released model noises it by the betas that it was trained with itself.
     """
-    known = pipe.unet.config.class_embeddings
     if isinstance(noise_level, bool) or not isinstance(noise_level, int) or not 0 <= noise_level <= MAX_NOISE_LEVEL:
         raise ConfigError(
             f"noise_level: expected a whole number from 0 to {MAX_NOISE_LEVEL}, found {noise_level!r:.80}"
         )
-    assert given.pixels is not None and known
+    assert given.pixels is not None
     small = repeated(given.pixels, len(draw.generators))
     kept = alpha_bars(pipe.scheduler)[noise_level]
     noisy = small * kept.sqrt() + draw.draw(*small.shape[1:]) * (1 - kept).sqrt()
     return noisy.to(pipe.device), torch.tensor([noise_level], device=pipe.device)
-
-
-MAX_NOISE_LEVEL = 350  # of the released upscaler
 
 
 # ------------------------------------------------------------------------------------------------ how it ends

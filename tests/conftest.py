@@ -1,9 +1,13 @@
-"""Shared by all tests: fixed thread count (the rounding of CPU sums depends on it) and the two tiers."""
+"""Shared by all tests: fixed thread count (the rounding of CPU sums depends on it), the two tiers, small models."""
 
 import os
 
 import pytest
 import torch
+
+import sdcore
+from sdcore.pipeline import Pipeline
+from tests import tiny_models
 
 torch.set_num_threads(int(os.environ.get("SDCORE_TEST_THREADS", "2")))
 
@@ -19,3 +23,29 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if "check" in item.keywords:
             item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    """Family -> folder with a small random model, written on first use."""
+    root, written = tmp_path_factory.mktemp("models"), {}
+
+    def folder(family: str):
+        if family not in written:
+            written[family] = tiny_models.write_folder(root / family, family)
+        return written[family]
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pipes(folders):
+    """Family -> our pipeline on it, loaded once."""
+    loaded: dict[str, Pipeline] = {}
+
+    def pipe(family: str) -> Pipeline:
+        if family not in loaded:
+            loaded[family] = sdcore.load(str(folders(family)), device="cpu")
+        return loaded[family]
+
+    return pipe

@@ -182,6 +182,10 @@ def test_preview_is_kept_while_drawing(run):
     ("--image in.png --image-guidance 1.5", "instructions"),
     ("--image-prompt x=in.png", "--image-encoder"),
     ("--hires 1", "above 1"),
+    ("--hires much", "expected a number"),
+    ("--refiner missing", "missing"),
+    ("--taesd missing", "missing"),
+    ("--few-step missing", "missing"),
     ("--refiner tiny:2", "between 0 and 1"),
     ("--preview now.jpg", "PNG"),
 ])  # fmt: skip
@@ -199,3 +203,19 @@ def test_one_line_for_every_mistake(run, nets, words, says):
     assert code == 2 and not out and err.count("\n") == 1 and err.startswith("sdcore: ")
     assert re.search(says, err), err
     assert sorted(os.listdir(".")) == before
+
+
+@pytest.mark.parametrize("words, says", [
+    ("missing.png edges.png", "No such file"),
+    ("in.png edges.jpg", "PNG"),
+    ("in.png edges.png --low 300 --high 200", "low <= high"),
+    ("in.png edges.png --low nan", "low <= high"),
+    ("in.png edges.png --blank 0.75-0.25", "A < B"),
+    ("in.png edges.png --blank half", "A-B such as"),
+])  # fmt: skip
+def test_one_line_for_every_mistake_about_edges(run, words, says):
+    """The same for `sdcore canny`."""
+    picture().save("in.png")
+    code, out, err = run("canny", *words.split())
+    assert code == 2 and not out and err.count("\n") == 1 and re.search(says, err), err
+    assert sorted(os.listdir(".")) == ["in.png"]

@@ -17,14 +17,14 @@ from sdcore.controlnet import Control, ControlNet
 from sdcore.errors import ConfigError
 from sdcore.ip_adapter import ImagePrompt, IPAdapterConfig
 from tests.test_ip_adapter import made, two_tables
-from tests.test_tasks import SIZE, equal, folders, half, peer, picture, pil_mask, pipes, seeded  # noqa: F401
+from tests.test_tasks import SIZE, equal, half, peer, picture, pil_mask, seeded
 
 XL = {"sd1": "", "sdxl": "XL"}
 FAMILIES = ["sd1", "sdxl"]
 
 
 @pytest.fixture(scope="module")
-def nets(folders, pipes):  # noqa: F811
+def nets(folders, pipes):
     """(family, number) -> diffusers' ControlNet and ours, of the same file."""
     known = {}
 
@@ -64,7 +64,7 @@ def both_ways(pipe, want, *args, **options) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_one_control(folders, pipes, nets, family):  # noqa: F811
+def test_one_control(folders, pipes, nets, family):
     theirs, ours = nets(family)
     hint = picture(seed=5)
     want = peer(folders(family), f"StableDiffusion{XL[family]}ControlNetPipeline", controlnet=theirs)(
@@ -78,7 +78,7 @@ def test_one_control(folders, pipes, nets, family):  # noqa: F811
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_two_controls_each_for_a_part_of_the_way(folders, pipes, nets, family):  # noqa: F811
+def test_two_controls_each_for_a_part_of_the_way(folders, pipes, nets, family):
     (first, one), (second, two) = nets(family), nets(family, 1)
     hints = [picture(seed=5), picture(seed=6)]
     want = peer(folders(family), f"StableDiffusion{XL[family]}ControlNetPipeline", controlnet=[first, second])(
@@ -90,7 +90,7 @@ def test_two_controls_each_for_a_part_of_the_way(folders, pipes, nets, family): 
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_guess_mode(folders, pipes, nets, family):  # noqa: F811
+def test_guess_mode(folders, pipes, nets, family):
     theirs, ours = nets(family)
     want = peer(folders(family), f"StableDiffusion{XL[family]}ControlNetPipeline", controlnet=theirs)(
         "", image=picture(seed=5).pil, num_inference_steps=5, guidance_scale=3.0, generator=seeded(1), guess_mode=True
@@ -99,7 +99,7 @@ def test_guess_mode(folders, pipes, nets, family):  # noqa: F811
     both_ways(pipes(family), want, "", steps=5, guidance=3.0, seed=1, control=control)
 
 
-def test_pooled(folders, pipes, nets):  # noqa: F811
+def test_pooled(folders, pipes, nets):
     """Shuffle's ControlNet: what it says is averaged over the picture, and the negative branch hears nothing of it."""
     theirs, ours = nets("sd1", 2, global_pool_conditions=True)
     want = peer(folders("sd1"), "StableDiffusionControlNetPipeline", controlnet=theirs)(
@@ -110,7 +110,7 @@ def test_pooled(folders, pipes, nets):  # noqa: F811
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_image_to_image_with_control(folders, pipes, nets, family):  # noqa: F811
+def test_image_to_image_with_control(folders, pipes, nets, family):
     theirs, ours = nets(family)
     start, hint = picture(), picture(seed=5)
     want = peer(folders(family), f"StableDiffusion{XL[family]}ControlNetImg2ImgPipeline", controlnet=theirs)(
@@ -122,7 +122,7 @@ def test_image_to_image_with_control(folders, pipes, nets, family):  # noqa: F81
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_inpainting_with_control(folders, pipes, nets, family):  # noqa: F811
+def test_inpainting_with_control(folders, pipes, nets, family):
     theirs, ours = nets(family)
     start, hint, mask = picture(), picture(seed=5), half()
     want = peer(folders(family), f"StableDiffusion{XL[family]}ControlNetInpaintPipeline", controlnet=theirs)(
@@ -136,7 +136,7 @@ def test_inpainting_with_control(folders, pipes, nets, family):  # noqa: F811
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_picture_prompt_with_control(folders, pipes, nets, family):  # noqa: F811
+def test_picture_prompt_with_control(folders, pipes, nets, family):
     theirs, ours = nets(family)
     pipe, hint = pipes(family), picture(seed=5)
     adapter = made(IPAdapterConfig(embed=40, unet=pipe.unet.config), seed=4)
@@ -155,7 +155,7 @@ def test_picture_prompt_with_control(folders, pipes, nets, family):  # noqa: F81
 
 
 @pytest.mark.parametrize("family, kind", [("sd1", "full_adapter"), ("sdxl", "full_adapter_xl")])
-def test_features_of_a_t2i_adapter(folders, pipes, family, kind):  # noqa: F811
+def test_features_of_a_t2i_adapter(folders, pipes, family, kind):
     """Its features are worked out once, and added on the way down."""
     unet = pipes(family).unet.config
     theirs = diffusers.T2IAdapter(
@@ -176,7 +176,7 @@ def test_features_of_a_t2i_adapter(folders, pipes, family, kind):  # noqa: F811
     both_ways(pipes(family), want, "cat", steps=5, guidance=3.0, seed=1, control=control)
 
 
-def test_control_acts_where_its_mask_says(pipes, nets):  # noqa: F811
+def test_control_acts_where_its_mask_says(pipes, nets):
     """A mask of ones is none; one of zeros silences it."""
     pipe, (_, ours) = pipes("sd1"), nets("sd1")
     options, hint = dict(steps=3, guidance=3.0, seed=1, output="latent"), unit(picture(seed=5))
@@ -189,7 +189,7 @@ def test_control_acts_where_its_mask_says(pipes, nets):  # noqa: F811
     assert torch.equal(drawn(mask=0 * ones), pipe("cat", **options).latents)
 
 
-def test_controls_that_do_not_fit(pipes, nets):  # noqa: F811
+def test_controls_that_do_not_fit(pipes, nets):
     """Another family, another size: one line before anything is drawn."""
     _, ours = nets("sd1")
     hint = unit(picture(seed=5))

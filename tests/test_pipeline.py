@@ -10,37 +10,10 @@ import torch
 
 import sdcore
 from sdcore.errors import ConfigError, NonFiniteError, PromptError
-from sdcore.pipeline import Pipeline
 from sdcore.samplers import SAMPLERS
 from tests import tiny_models
 
 TEXT_TO_IMAGE = ["sd1", "sd2-base", "sd2", "sdxl", "sdxl-turbo"]
-
-
-@pytest.fixture(scope="session")
-def folders(tmp_path_factory):
-    """Family -> folder with a small random model, written on first use."""
-    root, written = tmp_path_factory.mktemp("models"), {}
-
-    def folder(family: str):
-        if family not in written:
-            written[family] = tiny_models.write_folder(root / family, family)
-        return written[family]
-
-    return folder
-
-
-@pytest.fixture(scope="session")
-def pipes(folders):
-    """Family -> our pipeline on it, loaded once."""
-    loaded: dict[str, Pipeline] = {}
-
-    def pipe(family: str) -> Pipeline:
-        if family not in loaded:
-            loaded[family] = sdcore.load(str(folders(family)), device="cpu")
-        return loaded[family]
-
-    return pipe
 
 
 def peer(folder, family: str):

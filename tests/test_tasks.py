@@ -16,36 +16,8 @@ from sdcore import tasks
 from sdcore.errors import ConfigError, ImageError
 from sdcore.guidance import Guidance
 from sdcore.image import Picture
-from sdcore.pipeline import Pipeline
-from tests import tiny_models
 
 SIZE = 64
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """Family -> folder with a small random model, written on first use."""
-    root, written = tmp_path_factory.mktemp("models"), {}
-
-    def folder(family: str):
-        if family not in written:
-            written[family] = tiny_models.write_folder(root / family, family)
-        return written[family]
-
-    return folder
-
-
-@pytest.fixture(scope="module")
-def pipes(folders):
-    """Family -> our pipeline on it, loaded once."""
-    loaded: dict[str, Pipeline] = {}
-
-    def pipe(family: str) -> Pipeline:
-        if family not in loaded:
-            loaded[family] = sdcore.load(str(folders(family)), device="cpu")
-        return loaded[family]
-
-    return pipe
 
 
 def peer(folder, name: str, **parts):
@@ -255,6 +227,7 @@ def test_outpainting(pipes):
     ("ip2p", dict(), ConfigError, "give image="),
     ("ip2p", dict(image=picture(), mask=half()), ConfigError, "knows none"),
     ("sd2-depth", dict(image=picture()), ConfigError, "give depth="),
+    ("sd2-depth", dict(image=picture(), depth=0 * half() + 0.5), ImageError, "the same everywhere"),
     ("x4", dict(image=picture(16), noise_level=500), ConfigError, "0 to 350"),
 ])  # fmt: skip
 def test_refusals(pipes, family, options, error, words):
