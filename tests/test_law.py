@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-CORE = sorted((ROOT / "sdcore").glob("*.py"))
+CORE = sorted((ROOT / "sdcore").rglob("*.py"))
 EVERYWHERE = {"torch", "einops", "numpy", "sdcore"} | set(sys.stdlib_module_names)
-ALLOWED = {"tokenizer.py": {"tokenizers"}, "image.py": {"PIL"}, "cli.py": {"tqdm"}}
-DOORS = {"cli.py", "__init__.py"}  # these two may reach for the other folders, inside a function
+ALLOWED = {"tokenizer.py": {"tokenizers"}, "image.py": {"PIL"}, "cli": {"tqdm"}}
+DOORS = {"cli", "__init__.py"}  # the folder and the file that may reach for the other folders, inside a function
 FOLDERS = {"kernels", "train", "weights"}
 
 
@@ -33,20 +33,25 @@ def imports(path: Path) -> list[tuple[str, bool]]:
     return found
 
 
-@pytest.mark.parametrize("path", CORE, ids=lambda p: p.name)
+def named(path: Path) -> str:
+    """A file of the core, or the folder inside it, such as `unet.py`, `cli`."""
+    return path.relative_to(ROOT / "sdcore").parts[0]
+
+
+@pytest.mark.parametrize("path", CORE, ids=lambda p: str(p.relative_to(ROOT)))
 def test_the_core_imports_only_what_it_may(path):
     for module, inside in imports(path):
         top, *rest = module.split(".")
-        assert top in EVERYWHERE | ALLOWED.get(path.name, set()), f"{path.name} imports {module}"
+        assert top in EVERYWHERE | ALLOWED.get(named(path), set()), f"{path.name} imports {module}"
         if top == "sdcore" and rest and rest[0] in FOLDERS:
-            assert path.name in DOORS and inside, f"{path.name} reaches for {module}"
+            assert named(path) in DOORS and inside, f"{path.name} reaches for {module}"
 
 
 @pytest.mark.parametrize(
     "folder, other", [("kernels", "weights"), ("weights", "kernels"), ("kernels", "train"), ("weights", "train")]
 )
 def test_the_folders_know_of_each_other_only_what_they_may(folder, other):
-    for path in (ROOT / folder).glob("*.py"):
+    for path in (ROOT / folder).rglob("*.py"):
         for module, _ in imports(path):
             assert not module.startswith((f"sdcore.{other}", other + ".")), f"{path} imports {module}"
 
@@ -57,7 +62,7 @@ def test_no_pickle_is_executed_and_no_code_is_made_of_data():
         r"\bpickle\.loads?\(|\beval\(|(?<!\.)\bexec\(|\b__import__\(|weights_only=False|torch\.load\("
     )
     for folder in ["sdcore", *FOLDERS]:
-        for path in (ROOT / folder).glob("*.py"):
+        for path in (ROOT / folder).rglob("*.py"):
             code = "\n".join(line.split("#")[0] for line in path.read_text().splitlines())
             hits = [m for m in forbidden.findall(code) if not re.search(r"model\.eval\($", m)]
             hits = [h for h in hits if h != "eval("] + re.findall(r"(?<![\w.])eval\(", code)
@@ -81,9 +86,10 @@ def test_import_is_light():
 def test_core_can_be_copied_alone(tmp_path):
     """sdcore/ in another runtime: it imports, and `load` says what is missing."""
     target = tmp_path / "elsewhere" / "sdcore"
-    target.mkdir(parents=True)
     for path in CORE:
-        (target / path.name).write_text(path.read_text())
+        copy = target / path.relative_to(ROOT / "sdcore")
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_text(path.read_text())
     code = (
         "import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in getattr(f, '__module__', '') + str(f)]; "
         "import sdcore, sdcore.pipeline, sdcore.cli\n"
