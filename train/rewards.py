@@ -147,10 +147,10 @@ def aesthetic(rest: str, out: Path, device: str | torch.device) -> Reward:
     return Aesthetic(*pair("aesthetic:CLIP,HEAD", rest), device)
 
 
-def clip(rest: str, out: Path, device: str | torch.device, scaled: bool = False) -> Reward:
-    from .clip_rewards import Alignment
+def clip(rest: str, out: Path, device: str | torch.device, name: str = "clip") -> Reward:
+    from .clip_rewards import alignment
 
-    return Alignment(Path(rest), device, scaled)
+    return alignment(name, Path(rest), device)
 
 
 def hps(rest: str, out: Path, device: str | torch.device) -> Reward:
@@ -183,7 +183,7 @@ MAKERS: dict[str, Callable[[str, Path, str | torch.device], Reward]] = {  # what
     "checker": whole_or_share,
     "aesthetic": aesthetic,
     "clip": clip,
-    "pick": functools.partial(clip, scaled=True),
+    "pick": functools.partial(clip, name="pick"),
     "hps": hps,
     "ask": ask,
 }
