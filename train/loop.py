@@ -92,7 +92,7 @@ def _run(task: Task, options: LoopOptions, out: Path, signals: Signals, processe
 
     skipped: list[int] = []  # steps that were not applied
     patience = PATIENCE + HALVINGS * (options.precision == "fp16")
-    steps = range(start, options.steps)
+    steps, done = range(start, options.steps), options.steps
     hidden = None if processes.first else True  # None: where stderr is no terminal
     bar = tqdm(steps, initial=start, total=options.steps, disable=hidden, desc=out.name, unit="step")
     for step in bar:
@@ -116,8 +116,11 @@ def _run(task: Task, options: LoopOptions, out: Path, signals: Signals, processe
                 writer.log.write(step=step + 1, event=f"stopped by {signal.Signals(caught).name}, saved")
                 print(f"stopped and saved at step {step + 1}; add --resume to go on", file=sys.stderr)
             return 128 + caught
+        if processes.largest(int(task.ended is not None)):
+            done = step + 1
+            break
     if writer:
-        writer.finish(len(skipped))
+        writer.finish(len(skipped), done)
     return 0
 
 
@@ -139,7 +142,7 @@ class Writer:
             means = self.log.means(step=done, lr=rate)
         if o.eval_every and (done % o.eval_every == 0 or done == o.steps):
             self.evaluate(done)
-        if done % o.save_every == 0 or done == o.steps or stopping:
+        if done % o.save_every == 0 or done == o.steps or stopping or self.task.ended:
             self.save(self.checkpoints, done)
         return means
 
@@ -160,9 +163,9 @@ class Writer:
             done, tensors, {"step": done, "torch": torch.__version__, **self.settings, "numbers": kept, **more}
         )
 
-    def finish(self, skipped: int) -> None:
-        """Export the averaged weights: of the best checkpoint where --best was asked for, else of the last step."""
-        exported = self.options.steps
+    def finish(self, skipped: int, done: int) -> None:
+        """Export the averaged weights: of the best checkpoint where --best was asked for, else of the last step, `done`."""
+        exported = done
         if self.best:
             tensors, found = self.best.checkpoints.newest()
             self.state.restore(tensors, found["numbers"])
@@ -170,7 +173,8 @@ class Writer:
         with self.state.average.in_place(), torch.no_grad():
             self.task.export(self.out)
         draw_curve(self.out / "log.jsonl", self.out / "loss.png")
-        self.log.write(step=self.options.steps, event="complete", not_applied=skipped, exported=exported)
+        why = {"ended": self.task.ended} if self.task.ended else {}
+        self.log.write(step=done, event="complete", not_applied=skipped, exported=exported, **why)
         self.log.close()
 
 

@@ -41,7 +41,7 @@ from sdcore.pipeline import Pipeline
 from sdcore.voices import Conditions
 
 from .options import option, parse
-from .task import generator
+from .task import LoopOptions, generator
 from .tuning import Tune, TuneOptions, load
 
 KINDS: dict[str, type[Change]] = {"lora": LowRank, "loha": Hadamard, "lokr": Kronecker}
@@ -55,11 +55,9 @@ FOLDERS = {"out", "data", "captions", "cache", "validation", "prompts", "masks"}
 
 
 @dataclass(frozen=True)
-class LoRAOptions(TuneOptions):
-    """Teach a model by a LoRA or one of its kin."""
+class ChangeOptions(LoopOptions):
+    """What a LoRA is and which layers have one: of every method that can train one."""
 
-    warmup: int = option(0, "steps in which the learning rate rises to its peak")
-    cooldown: int = option(0, "last steps, in which it falls linearly to nearly nothing; constant in between")
     kind: str = option("lora", "lora, loha or lokr")
     dora: bool = option(False, "learn the length of each row of the weights apart (DoRA)")
     rank: int = option(16, "rank of the change of each layer")
@@ -74,6 +72,14 @@ class LoRAOptions(TuneOptions):
         "NAME=RANK,...: another rank, or 0 for none, where NAME is in a layer's path: mid_block=0,attn2=32; the last counts",
     )
     text_encoder: bool = option(False, "change the text encoders too")
+
+
+@dataclass(frozen=True)
+class LoRAOptions(ChangeOptions, TuneOptions):
+    """Teach a model by a LoRA or one of its kin."""
+
+    warmup: int = option(0, "steps in which the learning rate rises to its peak")
+    cooldown: int = option(0, "last steps, in which it falls linearly to nearly nothing; constant in between")
     text_rate: float = option(1.0, "factor on the learning rate of the text encoders' part")
     plus: float = option(1.0, "LoRA+: factor on the learning rate of what begins as zero (up); 16 is usual")
     trigger: str | None = option(None, "the words that call what was learnt, noted in the file for whoever gets it")
@@ -163,7 +169,7 @@ class LoRA(nn.Module):
     Parameters are called part.layer.name, slashes for the dots of the layer. ConfigError for a choice that means nothing.
     """
 
-    def __init__(self, pipe: Pipeline, options: LoRAOptions):
+    def __init__(self, pipe: Pipeline, options: ChangeOptions):
         super().__init__()
         self.on = True
         parts = lora.models(pipe)
@@ -200,7 +206,7 @@ class LoRA(nn.Module):
         return lora.Adapter(name, parts, metadata)
 
 
-def chosen(parts: dict[str, nn.Module], options: LoRAOptions) -> dict[str, int]:
+def chosen(parts: dict[str, nn.Module], options: ChangeOptions) -> dict[str, int]:
     """part.layer -> rank, of every layer that is to learn."""
     for option_, value, known in (("kind", options.kind, KINDS), ("layers", options.layers, LAYERS)):
         if value not in known:

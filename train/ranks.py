@@ -82,6 +82,11 @@ class Ranks:
         return int(found)
 
 
+def present() -> Ranks:
+    """Which process this is, of those that `joined`."""
+    return Ranks(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else Ranks()
+
+
 @contextlib.contextmanager
 def joined() -> Iterator[Ranks]:
     """Inside the `with`, this process is one of those that torchrun started; alone where none did."""

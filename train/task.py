@@ -107,6 +107,7 @@ class Task:
     """One method. Subclasses set `modules` and fill in `loss`; the other methods have harmless defaults."""
 
     modules: dict[str, nn.Module]  # everything that is saved in checkpoints; what has requires_grad is trained
+    ended: str | None = None  # why no further step is wanted, such as a guard's rule; set by `evaluate`
 
     def loss(self, part: Part) -> Loss:
         """The loss of a part of the batch of step `part.step`; random numbers from `part` alone, data by step and places."""
