@@ -41,7 +41,7 @@ from sdcore.pipeline import Pipeline
 from sdcore.voices import Conditions
 
 from .options import option, parse
-from .task import LoopOptions, generator
+from .task import generator
 from .tuning import Tune, TuneOptions, load
 
 KINDS: dict[str, type[Change]] = {"lora": LowRank, "loha": Hadamard, "lokr": Kronecker}
@@ -55,7 +55,7 @@ FOLDERS = {"out", "data", "captions", "cache", "validation", "prompts", "masks"}
 
 
 @dataclass(frozen=True)
-class ChangeOptions(LoopOptions):
+class ChangeOptions:
     """What a LoRA is and which layers have one: of every method that can train one."""
 
     kind: str = option("lora", "lora, loha or lokr")
@@ -169,7 +169,7 @@ class LoRA(nn.Module):
     Parameters are called part.layer.name, slashes for the dots of the layer. ConfigError for a choice that means nothing.
     """
 
-    def __init__(self, pipe: Pipeline, options: ChangeOptions):
+    def __init__(self, pipe: Pipeline, options: ChangeOptions, seed: int):
         super().__init__()
         self.on = True
         parts = lora.models(pipe)
@@ -178,7 +178,7 @@ class LoRA(nn.Module):
             layer = parts[part].get_submodule(name)
             alpha = rank if options.alpha is None else options.alpha
             scale = alpha / (math.sqrt(rank) if options.rslora else rank)
-            rng = generator(options.seed, i, 0, 10)
+            rng = generator(seed, i, 0, 10)
             learned = Learned(layer, options.kind, rank, scale, options.dora, rng)
             if part not in self._modules:
                 self.add_module(part, nn.ModuleDict())
@@ -253,7 +253,7 @@ class TrainLoRA(Tune):
     options: LoRAOptions
 
     def begin(self) -> None:
-        self.lora = LoRA(self.pipe, self.options)
+        self.lora = LoRA(self.pipe, self.options, self.options.seed)
         self.modules = {"lora": self.lora}
 
     def rate_of(self, name: str) -> float:
