@@ -269,11 +269,13 @@ class Visit:
 class Pictures:
     """The pictures of a run, and who is seen when. `faults` are those left out."""
 
-    def __init__(self, options: DataOptions, seed: int, batch: int):
+    def __init__(self, options: DataOptions, seed: int, batch: int, found: Sequence[Item | Fault] | None = None):
+        """`found` is what was examined already (train/dpo.py); without it, the folder of the options is."""
         _check(options)
         self.options, self.seed, self.batch = options, seed, batch
-        looked_at = tqdm(scan(options), desc="looking at pictures", disable=None)
-        found = [examine(path, captions, options) for path, captions in looked_at]
+        if found is None:
+            looked_at = tqdm(scan(options), desc="looking at pictures", disable=None)
+            found = [examine(path, captions, options) for path, captions in looked_at]
         self.faults = [one for one in found if isinstance(one, Fault)]
         self.items = [one for one in found if isinstance(one, Item)]
         for fault in self.faults:
@@ -300,10 +302,14 @@ class Pictures:
 
     def visits(self, step: int, places: Sequence[int]) -> list[Visit]:
         """Who is seen at these places (of 0..batch-1) of the batch of a step; all of one size."""
+        return [self.visit(i, step, place) for i, place in zip(self.members(step, places), places, strict=True)]
+
+    def members(self, step: int, places: Sequence[int]) -> list[int]:
+        """The numbers of the items at these places of the batch of a step."""
         epoch, k = divmod(step, self.epoch_length)
         if self._plan[0] != epoch:
             self._plan = (epoch, self.epoch(epoch))
-        return [self.visit(self._plan[1][k][place], step, place) for place in places]
+        return [self._plan[1][k][place] for place in places]
 
     def visit(self, index: int, step: int, place: int) -> Visit:
         """One picture as it is seen at a place of a step: its variant and its words are drawn from (seed, step, place)."""

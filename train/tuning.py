@@ -78,7 +78,7 @@ class Tune(Task):
             part.eval().requires_grad_(False)
         self.model = fingerprint(*self.parts)  # before anything of it trains
         folder = Path(options.cache) if options.cache else None
-        self.pictures = Pictures(options, options.seed, options.batch)
+        self.pictures = self.gather(options, options.batch)
         self.latents = Latents(pipe.vae, folder)
         self.texts = Texts(self.read, list(pipe.text_encoders), folder)
         self.held_out = None
@@ -93,11 +93,15 @@ class Tune(Task):
                 dropout=0.0,
                 shuffle_tags=False,
             )
-            self.held_out = Pictures(plain, options.seed, 1)
+            self.held_out = self.gather(plain, 1)
         self.base = self.draw() if options.prompts else []  # by the untuned model
         self.begin()
 
     # --------------------------------------------------------------------------------------------- what methods say or replace
+
+    def gather(self, options: TuneOptions, batch: int) -> Pictures:
+        """What is learned from, or with other `options` held out; called before `begin`, by the untuned model's side."""
+        return Pictures(options, options.seed, batch)
 
     def begin(self) -> None:
         """Set `modules` and let train (fp32, requires_grad) what is to. Here: the whole UNet."""
