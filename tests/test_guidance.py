@@ -267,6 +267,14 @@ def drawn_by_diffusers(name, folder, prepare=lambda pipe: None, **options):
     return noise, pipe(PROMPT, num_inference_steps=3, latents=noise, output_type="latent", **options).images
 
 
+def both_draw(pipe, want, *args, **options):
+    """Plain and accelerated, the pipeline draws these latents."""
+    for one in (pipe, sdcore.accelerate(pipe)):
+        got = one(*args, **options)
+        assert (got.latents - want).abs().max() < 1e-4
+        assert (got.pixels - pipe.decode(want)).abs().max() <= 2 / 255  # of -1..1: one step of 255
+
+
 @pytest.mark.parametrize("scale", [3.0, 0.0], ids=["guided", "alone"])
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])
 def test_pag_equals_diffusers(models, family, scale):
@@ -275,9 +283,7 @@ def test_pag_equals_diffusers(models, family, scale):
     noise, want = drawn_by_diffusers(name, folder, guidance_scale=scale, pag_scale=2.0)
     _, without = drawn_by_diffusers(name, folder, guidance_scale=scale, pag_scale=0.0)
     assert (want - without).abs().max() > 0.01  # it does something: a hundred times what rounding may do
-    got = ours(PROMPT, noise=noise, steps=3, guidance=Guidance(scale, pag=2.0))
-    assert (got.latents - want).abs().max() < 1e-4
-    assert (got.pixels - ours.decode(want)).abs().max() <= 2 / 255  # of -1..1: one step of 255
+    both_draw(ours, want, PROMPT, noise=noise, steps=3, guidance=Guidance(scale, pag=2.0))
 
 
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])
@@ -288,9 +294,7 @@ def test_freeu_equals_diffusers(models, family):
     noise, want = drawn_by_diffusers(name, folder, lambda pipe: pipe.enable_freeu(**factors), guidance_scale=3.0)
     _, without = drawn_by_diffusers(name, folder, guidance_scale=3.0)
     assert (want - without).abs().max() > 0.01
-    got = replace(ours, unet=freeu(ours.unet, **factors))(PROMPT, noise=noise, steps=3, guidance=3.0)
-    assert (got.latents - want).abs().max() < 1e-4
-    assert (got.pixels - ours.decode(want)).abs().max() <= 2 / 255
+    both_draw(replace(ours, unet=freeu(ours.unet, **factors)), want, PROMPT, noise=noise, steps=3, guidance=3.0)
 
 
 @torch.no_grad()
