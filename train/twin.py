@@ -1,8 +1,8 @@
 """What the methods have in common that look back at the model they began with: `Twin`.
 
 What trains is a LoRA (`--adapter lora`; train/lora.py and all its options) or the whole UNet (`--adapter none`). Either way the
-model as it was stays at hand: inside `with self.untuned():` the pipeline's UNet is the one from before, at no cost with the LoRA, which
-is then off, or as a frozen copy.
+model as it was stays at hand: inside `with self.untuned():` the UNet of the pipeline is the one from before, at no cost with the
+LoRA, which is then off, or as a frozen copy.
 """
 
 import copy
