@@ -15,8 +15,10 @@ from pathlib import Path
 
 from sdcore.weights import checkpoint as ck
 from sdcore.weights import convert, fetch
+from torch import nn
 
 from sdcore.errors import ConfigError
+from sdcore.scheduler import SchedulerConfig
 
 from .lora import LoRAOptions, TrainLoRA
 from .options import option
@@ -65,13 +67,22 @@ class Twin(TrainLoRA):
         if self.options.adapter == "lora":
             super().export(out)
             return
-        source = ck.read(fetch.resolve(self.options.model))
-        before, trained = source.tensors["unet"], self.modules["unet"].state_dict()
-        source.tensors["unet"] = {name: p.detach().to(before[name].dtype) for name, p in trained.items()}
-        told = self.scheduler
+        write_model(out, self.options.model, {"unet": self.modules["unet"]}, self.scheduler)
+
+
+def write_model(out: Path, model: str, parts: dict[str, nn.Module], told: SchedulerConfig | None = None) -> None:
+    """`out`/model: the model folder or file `model` with these parts in the place of its own, in the precision of those.
+
+    `told` is the schedule that they were trained on, where it is another one.
+    """
+    source = ck.read(fetch.resolve(model))
+    for part, module in parts.items():
+        before = source.tensors[part]
+        source.tensors[part] = {name: p.detach().to(before[name].dtype) for name, p in module.state_dict().items()}
+    if told is not None:
         source.configs["scheduler"] = replace(
             source.scheduler, prediction_type=told.prediction_type, zero_snr=told.zero_snr
         )
-        shutil.rmtree(out / "model", ignore_errors=True)
-        convert.write_folder(source, out / "model")
-        print(f"the model is in {out / 'model'}", file=sys.stderr)
+    shutil.rmtree(out / "model", ignore_errors=True)
+    convert.write_folder(source, out / "model")
+    print(f"the model is in {out / 'model'}", file=sys.stderr)

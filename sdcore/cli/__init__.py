@@ -22,7 +22,7 @@ from sdcore.errors import ConfigError, SdcoreError
 from . import generate
 from .words import Parser, one_line, share, size
 
-METHODS = ("lora", "dreambooth", "textual-inversion", "controlnet", "dpo", "text2image", "text", "vae")
+METHODS = ("lora", "dreambooth", "textual-inversion", "controlnet", "ddpo", "dpo", "text2image", "text", "vae")
 BENCHES = ("kernels", "unet", "pipeline", "train", "compile")
 NO_MEMORY = ("out of memory", "can't allocate memory")
 
