@@ -32,7 +32,7 @@ class Checkpoints:
 
     A checkpoint is a folder `step-00000500` with state.safetensors (weights, average, optimiser), state.json (step, options,
     identity of the data, numbers of the optimiser) and manifest.json (size and sha256 of the two). A folder whose manifest does
-    not verify is none.
+    not verify is none. Of networks in shards there is a file a process instead of the first (sharding.py).
     """
 
     def __init__(self, folder: Path, keep: int):
@@ -46,33 +46,56 @@ class Checkpoints:
 
     def save(self, step: int, tensors: dict[str, Tensor], state: dict) -> Path:
         """Publish a checkpoint. Raises TrainingError if it cannot be written; what was there before stays as it is."""
-        final, beside = self.folder / f"step-{step:08d}", self.folder / f".writing-{step:08d}"
+        final, beside = self.places(step)
+        with self.intact(final, beside):
+            if self.begin(final, beside):
+                files.write(beside / "state.safetensors", tensors)
+                self.publish(final, beside, step, state)
+        self.retire()
+        return final
+
+    def places(self, step: int) -> tuple[Path, Path]:
+        """Where the checkpoint of a step will stand, and where it is written."""
+        return self.folder / f"step-{step:08d}", self.folder / f".writing-{step:08d}"
+
+    def begin(self, final: Path, beside: Path) -> bool:
+        """An empty folder to write in; False where the checkpoint is there already, whole."""
         if final.exists():
             if self.fault(final) is None:
-                return final
+                return False
             shutil.rmtree(final)  # damaged: it was passed over when the run was resumed
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir()
+        return True
+
+    def publish(self, final: Path, beside: Path, step: int, state: dict) -> None:
+        """Write the numbers beside the tensors, hash everything, rename."""
+        with files.replacing(beside / "state.json") as f:
+            f.write(json.dumps(state, indent=1).encode())
+        listed = {}
+        for path in sorted(beside.iterdir()):
+            listed[path.name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+        with files.replacing(beside / "manifest.json") as f:
+            f.write(json.dumps({"step": step, "files": listed}, indent=1).encode())
+        os.rename(beside, final)
+        files.sync_folder(self.folder)
+
+    def retire(self) -> None:
+        """Remove the checkpoints beyond `keep`."""
+        for old in self.all()[self.keep :]:
+            shutil.rmtree(old)
+
+    @contextlib.contextmanager
+    def intact(self, final: Path, beside: Path) -> Iterator[None]:
+        """Inside the `with`, what the disk refuses is a TrainingError, and nothing half written is left."""
         try:
-            shutil.rmtree(beside, ignore_errors=True)
-            beside.mkdir()
-            files.write(beside / "state.safetensors", tensors)
-            with files.replacing(beside / "state.json") as f:
-                f.write(json.dumps(state, indent=1).encode())
-            listed = {}
-            for name in ("state.safetensors", "state.json"):
-                listed[name] = {"bytes": (beside / name).stat().st_size, "sha256": sha256(beside / name)}
-            with files.replacing(beside / "manifest.json") as f:
-                f.write(json.dumps({"step": step, "files": listed}, indent=1).encode())
-            os.rename(beside, final)
-            files.sync_folder(self.folder)
+            yield
         except (OSError, CheckpointError) as e:
             shutil.rmtree(beside, ignore_errors=True)
             raise TrainingError(
                 f"{final}: the checkpoint could not be written ({e}); older checkpoints are intact. "
                 "Make room or mend the folder, then run again with --resume"
             ) from e
-        for old in self.all()[self.keep :]:
-            shutil.rmtree(old)
-        return final
 
     def all(self) -> list[Path]:
         """Published checkpoints, newest first, whether they verify or not."""
@@ -93,17 +116,32 @@ class Checkpoints:
         return None
 
     def newest(self) -> tuple[dict[str, Tensor], dict]:
+        """Tensors and numbers of the newest checkpoint that verifies. TrainingError if there is none."""
+        checkpoint = self.verified()
+        return self.tensors(checkpoint), self.numbers(checkpoint)
+
+    def verified(self) -> Path:
         """The newest checkpoint that verifies; those passed over are named on stderr. TrainingError if there is none."""
         for checkpoint in self.all():
             fault = self.fault(checkpoint)
             if fault is None:
-                tensors = files.read(checkpoint / "state.safetensors").tensors
-                return tensors, json.loads((checkpoint / "state.json").read_text())
+                return checkpoint
             print(f"WARNING: checkpoint {checkpoint} is damaged and was passed over: {fault}", file=sys.stderr)
         raise TrainingError(
             f"{self.folder}: --resume was asked for but no checkpoint here verifies; "
             "leave --resume out to start anew, or name another --out"
         )
+
+    def tensors(self, checkpoint: Path) -> dict[str, Tensor]:
+        """Weights, average and optimiser. TrainingError where processes have written them in shards."""
+        file = checkpoint / "state.safetensors"
+        if not file.exists():
+            raise TrainingError(f"{checkpoint}: was written in shards; resume it by torchrun with --shard")
+        return files.read(file).tensors
+
+    def numbers(self, checkpoint: Path) -> dict:
+        """Step, options, identity of the data, and what the optimiser keeps beside its tensors."""
+        return json.loads((checkpoint / "state.json").read_text())
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import json
 import math
+import os
 import time
 from pathlib import Path
 
@@ -13,14 +14,19 @@ from sdcore.errors import TrainingError
 
 
 class Log:
-    """log.jsonl, one line a record. A resumed run writes the steps since its checkpoint again; readers keep the last line."""
+    """log.jsonl, one line a record. A resumed run writes the steps since its checkpoint again; readers keep the last line.
 
-    def __init__(self, out: Path, tensorboard: bool = False, start: int = 0):
-        self.file = open(out / "log.jsonl", "a")
+    `sums` is kept in checkpoints, so the lines that are written again are the same. A `silent` log writes nothing.
+    """
+
+    def __init__(self, out: Path, tensorboard: bool = False, start: int = 0, silent: bool = False):
+        self.file = open(os.devnull if silent else out / "log.jsonl", "a")
+        if not silent and (written := (out / "log.jsonl").read_bytes()) and not written.endswith(b"\n"):
+            self.file.write("\n")  # after a line that was cut by a kill
         self.sums: dict[str, list[float]] = {}  # since the last line of means
-        self.clock = time.perf_counter()
+        self.clock, self.timed = time.perf_counter(), 0  # of the steps since then, those of this process
         self.board = None
-        if tensorboard:
+        if tensorboard and not silent:
             if importlib.util.find_spec("tensorboard") is None:
                 raise TrainingError(
                     "--tensorboard: needs tensorboard, which is not installed; `pip install tensorboard`"
@@ -40,6 +46,7 @@ class Log:
             self.board.flush()
 
     def add(self, figures: dict[str, float]) -> None:
+        self.timed += 1
         for name, value in figures.items():
             self.sums.setdefault(name, []).append(value)
 
@@ -47,9 +54,8 @@ class Log:
         """Write the means of what was added since the last time, and the seconds a step."""
         seconds, self.clock = time.perf_counter() - self.clock, time.perf_counter()
         means = {name: round(sum(found) / len(found), 6) for name, found in self.sums.items()}
-        count = max(map(len, self.sums.values()), default=1)
-        self.write(**values, **means, seconds=round(seconds / count, 4))
-        self.sums = {}
+        self.write(**values, **means, seconds=round(seconds / max(self.timed, 1), 4))
+        self.sums, self.timed = {}, 0
         return means
 
     def close(self) -> None:

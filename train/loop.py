@@ -2,8 +2,8 @@
 
 A method (`vae.py`, `text2image.py`, ...) is a `Task` (task.py): it says which parameters train and what the loss of a part of a
 batch is. The loop does the rest, a file each: one step with its passes, precision, clipping and moving average (state.py),
-optimisers and schedules (optimisers.py), several processes (ranks.py), checkpoints that are whole or not there (checkpoints.py),
-the record (log.py). Here is the order of things: read `_run`.
+optimisers and schedules (optimisers.py), several processes (ranks.py) and networks cut up over them (sharding.py), checkpoints
+that are whole or not there (checkpoints.py), the record (log.py). Here is the order of things: read `_run`.
 
 A run can be cut anywhere and goes on bit for bit: all randomness and data are functions of the step (see task.py), and
 everything else is in the checkpoint. Stopped by Ctrl-C or SIGTERM it finishes its step, saves once and ends with exit code 130
@@ -74,20 +74,23 @@ def run(task: Task, options: LoopOptions) -> int:
 def _run(task: Task, options: LoopOptions, out: Path, signals: Signals, processes: Ranks) -> int:
     torch.set_num_threads(options.threads)
     state = State(task, options, processes)
-    checkpoints = Checkpoints(out / "checkpoints", options.keep)
+    checkpoints = state.checkpoints(out / "checkpoints", options.keep)
     settings = json.loads(  # as files have it
         json.dumps({"options": dataclasses.asdict(options), "data": task.identity(), "processes": processes.world})
     )
-    start, changed = 0, []
+    start, changed, sums = 0, [], {}
     if options.resume:
-        tensors, found = checkpoints.newest()
+        newest = checkpoints.verified()
+        found = checkpoints.numbers(newest)
         _refuse_changes(settings, found, options, out)
-        state.restore(tensors, found["numbers"])
+        state.restore(checkpoints.tensors(newest), found["numbers"])
         start, changed = found["step"], difference(found["options"], settings["options"])
+        sums = found.get("sums", {})
     elif checkpoints.all():
         raise TrainingError(f"{out}: holds a run already; add --resume to go on with it, or choose another --out")
-    writer = Writer(state, settings, checkpoints, start, out) if processes.first else None
-    if writer and options.resume:
+    writer = Writer(state, settings, checkpoints, start, out)
+    writer.log.sums = sums
+    if options.resume:
         writer.log.write(step=start, event="resumed", changed=changed)
 
     skipped: list[int] = []  # steps that were not applied
@@ -101,38 +104,42 @@ def _run(task: Task, options: LoopOptions, out: Path, signals: Signals, processe
         caught = processes.largest(signals.caught)  # all of them stop at the same step
         if not figures:
             skipped.append(step)
-            if writer:
-                writer.log.write(step=step, event="not applied: loss or gradient is not finite")
+            writer.log.write(step=step, event="not applied: loss or gradient is not finite")
             if skipped[-patience:] == list(range(step + 1 - patience, step + 1)):
                 raise NonFiniteError(
                     f"{out}: loss or gradient was not finite in {patience} steps in a row, up to step {step}; "
                     "the last checkpoint is from before; resume it with a lower --lr"
                 )
-        if writer:
-            if means := writer.after(step, rate, figures, stopping=bool(caught)):
-                bar.set_postfix(loss=f"{means.get('loss', math.nan):.4f}")
+        if means := writer.after(step, rate, figures, stopping=bool(caught)):
+            bar.set_postfix(loss=f"{means.get('loss', math.nan):.4f}")
         if caught and step + 1 < options.steps:
-            if writer:
-                writer.log.write(step=step + 1, event=f"stopped by {signal.Signals(caught).name}, saved")
+            writer.log.write(step=step + 1, event=f"stopped by {signal.Signals(caught).name}, saved")
+            if processes.first:
                 print(f"stopped and saved at step {step + 1}; add --resume to go on", file=sys.stderr)
             return 128 + caught
-        if processes.largest(int(task.ended is not None)):
+        if writer.ended:
             done = step + 1
             break
-    if writer:
-        writer.finish(len(skipped), done)
+    writer.finish(len(skipped), done)
     return 0
 
 
 class Writer:
-    """What the first process alone does between steps: log, evaluate, save; at the end, the result."""
+    """What is done between steps: log, evaluate, save; at the end, the result.
+
+    All processes come here together, since networks in shards take all of them to gather and to save; the first alone looks at
+    them and writes.
+    """
 
     def __init__(self, state: State, settings: dict, checkpoints: Checkpoints, start: int, out: Path):
         self.state, self.settings, self.checkpoints, self.out = state, settings, checkpoints, out
-        self.task, self.options = state.task, state.options
-        self.best = Best(out / "best", self.options.best) if self.options.best else None
-        self.log = Log(out, self.options.tensorboard, start)
-        checkpoints.clear()
+        self.task, self.options, self.first = state.task, state.options, state.ranks.first
+        self.best = Best(state.checkpoints(out / "best", 1), self.options.best) if self.options.best else None
+        self.log = Log(out, self.options.tensorboard, start, silent=not self.first)
+        self.ended = False  # the task wants no further step
+        if self.first:
+            for folder in (checkpoints, *([self.best.checkpoints] if self.best else [])):
+                folder.clear()
 
     def after(self, step: int, rate: float, figures: dict[str, float], stopping: bool) -> dict[str, float]:
         """Everything that is due once step `step` has been taken; the means, where a line of the log was."""
@@ -142,26 +149,30 @@ class Writer:
             means = self.log.means(step=done, lr=rate)
         if o.eval_every and (done % o.eval_every == 0 or done == o.steps):
             self.evaluate(done)
-        if done % o.save_every == 0 or done == o.steps or stopping or self.task.ended:
+        self.ended = bool(self.state.ranks.largest(self.task.ended is not None))
+        if done % o.save_every == 0 or done == o.steps or stopping or self.ended:
             self.save(self.checkpoints, done)
         return means
 
     def evaluate(self, done: int) -> None:
         """The validation loss and the method's own figures; the best checkpoint so far is kept."""
-        with self.state.average.in_place(), torch.no_grad():
-            loss = self.task.validate()
-            figures = ({} if loss is None else {"validation_loss": loss}) | self.task.evaluate(done, self.out)
-        self.log.write(step=done, event="evaluated", **figures)
-        draw_curve(self.out / "log.jsonl", self.out / "loss.png")
-        if self.best and self.best.beaten_by(figures):
+        figures: dict[str, float] = {}
+        with self.state.averaged():
+            if self.first:
+                loss = self.task.validate()
+                figures = ({} if loss is None else {"validation_loss": loss}) | self.task.evaluate(done, self.out)
+        if self.first:
+            self.log.write(step=done, event="evaluated", **figures)
+            draw_curve(self.out / "log.jsonl", self.out / "loss.png")
+        if self.best and self.state.ranks.largest(self.first and self.best.beaten_by(figures)):
             self.save(self.best.checkpoints, done, figures=figures)
         self.log.clock = time.perf_counter()  # the seconds of a step are those of training
 
     def save(self, checkpoints: Checkpoints, done: int, **more: object) -> None:
         tensors, kept = self.state.collect()
-        checkpoints.save(
-            done, tensors, {"step": done, "torch": torch.__version__, **self.settings, "numbers": kept, **more}
-        )
+        about = {"step": done, "torch": torch.__version__, **self.settings, "numbers": kept, "sums": self.log.sums}
+        if self.first or self.options.shard:
+            checkpoints.save(done, tensors, about | more)
 
     def finish(self, skipped: int, done: int) -> None:
         """Export the averaged weights: of the best checkpoint where --best was asked for, else of the last step, `done`."""
@@ -170,9 +181,11 @@ class Writer:
             tensors, found = self.best.checkpoints.newest()
             self.state.restore(tensors, found["numbers"])
             exported = found["step"]
-        with self.state.average.in_place(), torch.no_grad():
-            self.task.export(self.out)
-        draw_curve(self.out / "log.jsonl", self.out / "loss.png")
+        with self.state.averaged():
+            if self.first:
+                self.task.export(self.out)
+        if self.first:
+            draw_curve(self.out / "log.jsonl", self.out / "loss.png")
         why = {"ended": self.task.ended} if self.task.ended else {}
         self.log.write(step=done, event="complete", not_applied=skipped, exported=exported, **why)
         self.log.close()
@@ -184,13 +197,12 @@ class Best:
     A resumed run finds it there. Steps that are taken again come out the same, so they beat nothing.
     """
 
-    def __init__(self, folder: Path, wanted: str):
+    def __init__(self, checkpoints: Checkpoints, wanted: str):
         self.name, _, which = wanted.partition(":")
         if which not in ("min", "max"):
             raise TrainingError(f"--best {wanted}: expected a figure and min or max, such as validation_loss:min")
         self.sign = 1 if which == "max" else -1
-        self.checkpoints = Checkpoints(folder, keep=1)
-        self.checkpoints.clear()
+        self.checkpoints = checkpoints
 
     def beaten_by(self, figures: dict[str, float]) -> bool:
         """Whether these figures are better than those of the checkpoint that is kept. TrainingError where there is none such."""
@@ -200,7 +212,8 @@ class Best:
             )
         if not self.checkpoints.all():
             return True
-        return self.sign * figures[self.name] > self.sign * self.checkpoints.newest()[1]["figures"][self.name]
+        kept = self.checkpoints.numbers(self.checkpoints.verified())["figures"]
+        return self.sign * figures[self.name] > self.sign * kept[self.name]
 
 
 def _refuse_changes(settings: dict, state: dict, options: LoopOptions, out: Path) -> None:

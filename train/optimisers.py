@@ -1,6 +1,6 @@
 """Optimisers by name, each from the library that keeps it, and the learning rate of a step.
 
-AdamW and Adafactor are torch's. The others are installed by who wants them: `adamw8bit` is bitsandbytes', `prodigy` is
+AdamW, Adafactor and SGD are torch's. The others are installed by who wants them: `adamw8bit` is bitsandbytes', `prodigy` is
 prodigyopt's, `lion` is lion-pytorch's; where one is missing the error says so. Nothing here has a state of its own.
 
 Source: Loshchilov & Hutter 2019 (AdamW), Dettmers et al. 2022 (8 bit), Shazeer & Stern 2018 (Adafactor), Mishchenko & Defazio
@@ -23,7 +23,7 @@ NEEDS = {
     "prodigy": "prodigyopt",
     "lion": "lion_pytorch",
 }  # optimiser: what it is imported from
-OPTIMISERS = ("adamw", "adamw8bit", "adafactor", "prodigy", "lion")
+OPTIMISERS = ("adamw", "adamw8bit", "adafactor", "prodigy", "lion", "sgd")
 SCHEDULES = ("constant", "linear", "cosine")
 
 
@@ -65,6 +65,8 @@ def build(
         return torch.optim.AdamW(tables, lr=lr, betas=betas, fused=True)
     if options.optimiser == "adafactor":
         return torch.optim.Adafactor(tables, lr=lr)
+    if options.optimiser == "sgd":  # no momentum; its decay is part of the gradient
+        return torch.optim.SGD(tables, lr=lr)
     if options.optimiser == "lion":
         from lion_pytorch import Lion
 

@@ -6,6 +6,7 @@ so every process makes the same step. The first process alone writes: the log, c
 
 The sum is made after the last pass, in buckets of 25 MB. (torch's DDP wrapper would overlap it with the backward pass, but it
 averages over processes as if all had looked at equally much, and wants to wrap the module whose forward is called.)
+With --shard the networks are cut up over the processes instead (sharding.py), and gradients are added up where they arise.
 """
 
 import atexit
@@ -77,7 +78,7 @@ class Ranks:
         """The largest of all processes' numbers."""
         if self.world == 1:
             return value
-        found = torch.tensor(value)
+        found = torch.tensor(int(value))
         dist.all_reduce(found, dist.ReduceOp.MAX)
         return int(found)
 

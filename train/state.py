@@ -1,17 +1,25 @@
 """What training changes: the weights, their moving average, the optimiser's memory and the loss scaler; and one step of it.
 
 `State.take` is a training step from end to end. `collect` and `restore` are exact inverses by way of a checkpoint.
+
+With --fused-step a parameter makes its step in the midst of the backward pass, as soon as its gradient is there, and lets that
+go: there are never more than a few gradients in memory, where otherwise they take as much as the weights. The step is the same,
+to the bit; but nothing can look at all gradients first. So none is shortened, and one that is not finite ends the run.
+(Source: Lv et al. 2023, LOMO; torch's `register_post_accumulate_grad_hook`.)
 """
 
 import contextlib
+import math
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from sdcore.errors import TrainingError
+from sdcore.errors import NonFiniteError, TrainingError
 
 from . import optimisers
+from .checkpoints import Checkpoints
 from .ranks import Ranks
 from .task import LoopOptions, Part, Task
 
@@ -58,12 +66,19 @@ class State:
         self.shares = ranks.shares(options.batch, options.accumulate)
         self.whole = ranks.world == options.accumulate == 1  # one pass looks at the whole batch
         self.modules = nn.ModuleDict(task.modules)
+        if options.shard:
+            from . import sharding
+
+            sharding.cut(self.modules, ranks.world, options.optimiser)
         self.trained = {name: p for name, p in self.modules.named_parameters() if p.requires_grad}
         self.optimiser = optimisers.build(self.trained, task.rate_of, options)
         self.begin = [numbers(group) for group in self.optimiser.param_groups]
         self.average = Average(self.trained, options.ema)
         self.device = next(iter(self.trained.values())).device.type
         self.scaler = torch.amp.GradScaler(self.device, enabled=options.precision == "fp16")
+        self.norms: list[Tensor] = []  # of the gradients that are gone already, with --fused-step
+        if options.fused_step:
+            self.step_in_backward()
 
     # ------------------------------------------------------------------------------------------------------------- a step
 
@@ -72,14 +87,47 @@ class State:
         for group in self.optimiser.param_groups:
             group["lr"] = rate * group["factor"]
         figures = self.gradients(step)
-        norm = nn.utils.clip_grad_norm_(self.trained.values(), self.options.clip)
+        norm = self.shorten()
         finite = bool(torch.isfinite(norm)) and figures["loss"] * 0 == 0
+        if self.options.fused_step and not finite:
+            raise NonFiniteError(
+                f"--fused-step: loss or gradient of step {step} was not finite, and the step has been made; "
+                "the last checkpoint is from before; resume it with a lower --lr, or without --fused-step and --accept-changes"
+            )
         if finite:
-            self.optimiser.step()
+            self.optimiser.step()  # with --fused-step there is nothing left to do
             self.average.update(step)
         self.scaler.update()
         self.optimiser.zero_grad(set_to_none=True)
         return {**figures, "norm": norm.item()} if finite else {}
+
+    def shorten(self) -> Tensor:
+        """Scale all gradients down where together they are longer than --clip; how long they were."""
+        if self.options.fused_step:
+            gone, self.norms = self.norms, []
+            return torch.stack(gone).norm()
+        norm = nn.utils.clip_grad_norm_(self.trained.values(), self.options.clip or math.inf)
+        return norm.full_tensor() if self.options.shard else norm  # type: ignore[attr-defined]
+
+    def step_in_backward(self) -> None:
+        """Have every parameter make its step as soon as it has its gradient. TrainingError where that cannot be the same step."""
+        o = self.options
+        if (o.accumulate, self.ranks.world, o.clip) != (1, 1, 0) or o.precision == "fp16" or o.optimiser == "prodigy":
+            raise TrainingError(
+                "--fused-step: no gradient waits for another, so it goes with one process, --accumulate 1, --clip 0, fp32 or "
+                f"bf16, and not with prodigy; found {self.ranks.world} processes, --accumulate {o.accumulate}, --clip {o.clip}, "
+                f"--precision {o.precision}, --optimiser {o.optimiser}"
+            )
+        for group in self.optimiser.param_groups:
+            for p in group["params"]:
+                p.register_post_accumulate_grad_hook(lambda p, group=group: self.step_one(p, group))
+
+    def step_one(self, p: nn.Parameter, group: dict) -> None:
+        """The optimiser's step on a single parameter of one of its groups."""
+        self.norms.append(p.grad.norm())  # type: ignore[union-attr]
+        groups, self.optimiser.param_groups = self.optimiser.param_groups, [group | {"params": [p]}]
+        self.optimiser.step()
+        self.optimiser.param_groups, p.grad = groups, None
 
     def gradients(self, step: int) -> dict[str, float]:
         """Leave in every parameter the gradient of the mean over the whole batch; return its figures, `loss` first.
@@ -98,7 +146,8 @@ class State:
             for name, value in {"loss": loss.mean.item(), **loss.figures}.items():
                 sums[name] = sums.get(name, 0.0) + value * count
         grads = [p.grad for p in self.trained.values() if p.grad is not None]
-        self.ranks.add_up(grads)
+        if not self.options.shard:  # in shards they have been added up on the way
+            self.ranks.add_up(grads)
         sums = dict(zip(sums, self.ranks.totals(list(sums.values())), strict=True))
         total = sums.pop("count") or 1.0  # masks that show nothing at all: a gradient of zero
         self.scaler.unscale_(self.optimiser)
@@ -106,7 +155,37 @@ class State:
             torch._foreach_div_(grads, total)
         return {name: value / total for name, value in sums.items()}
 
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside the `with`, the task's modules are what is evaluated and exported: averaged, and whole. All processes enter."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(self.average.in_place())
+            if self.options.shard:
+                from . import sharding
+
+                stack.enter_context(sharding.whole(self.modules))
+            yield
+
     # ------------------------------------------------------------------------------------------------ to and from a checkpoint
+
+    def checkpoints(self, folder: Path, keep: int) -> Checkpoints:
+        """A folder for the last `keep` of what `collect` gives."""
+        if self.options.shard:
+            from . import sharding
+
+            return sharding.ShardedCheckpoints(folder, keep, self.ranks, self.like)
+        return Checkpoints(folder, keep)
+
+    def like(self, name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """What the tensor `name` of a checkpoint can be read into: in shards where its parameter is."""
+        kind, _, rest = name.partition("/")
+        p = dict(self.modules.named_parameters()).get(rest.rpartition("/")[0] if kind == "optimiser" else rest)
+        return (
+            torch.empty_like(p, dtype=dtype).detach()
+            if p is not None and p.shape == shape
+            else torch.empty(shape, dtype=dtype)
+        )
 
     def collect(self) -> tuple[dict[str, Tensor], dict]:
         """Every tensor under a flat name (weights/…, average/…, optimiser/…/exp_avg), and the numbers beside them.

@@ -41,7 +41,14 @@ class LoopOptions:
         "fp32", "of the computation: fp32, bf16 or fp16 (with a loss scaler); what trains stays fp32"
     )
     optimiser: str = option(
-        "adamw", "adamw, adamw8bit (bitsandbytes), adafactor, prodigy (prodigyopt) or lion (lion-pytorch)"
+        "adamw", "adamw, adamw8bit (bitsandbytes), adafactor, prodigy (prodigyopt), lion (lion-pytorch) or sgd"
+    )
+    fused_step: bool = option(
+        False,
+        "step each parameter in the backward pass, as soon as it has its gradient, and let that go; with --accumulate 1 --clip 0",
+    )
+    shard: bool = option(
+        False, "under torchrun: each process keeps only its share of weights, average and optimiser (FSDP2)"
     )
     lr: float = option(1e-3, "peak learning rate; about a third of it for lion, 1 for prodigy, which finds it itself")
     schedule: str = option(
@@ -53,7 +60,7 @@ class LoopOptions:
     beta2: float = option(
         0.99, "decay of the squared gradient in adamw, adamw8bit and prodigy, of the direction in lion"
     )
-    clip: float = option(1.0, "longest gradient that is applied unshortened")
+    clip: float = option(1.0, "longest gradient that is applied unshortened; 0: none is shortened")
     ema: float = option(
         0.999, "decay of the moving average of what trains, which is what is evaluated and exported; 0: no average"
     )
