@@ -122,4 +122,4 @@ def prepared(pictures: Tensor, side: int) -> Tensor:
     across = bicubic(w, width)[left : left + side].to(pictures)
     mean, deviation = (pictures.new_tensor(numbers)[:, None, None] for numbers in (MEAN, DEVIATION))
     smooth = (down @ pictures @ across.T - mean) / deviation
-    return smooth + (exact - smooth).detach()
+    return exact + (smooth - smooth.detach())

@@ -12,7 +12,7 @@
     hps:FILE,TOKENIZER                      the cosine of a CLIP in OpenCLIP's layout, as HPSv2, with gradients
     ask:FILE.json                           a vision-language model that answers questions about a picture (train/endpoint.py)
     http://..., https://...                 any server that scores (the same file)
-    people[:FOLDER]                         people, on the rating page; waits for them
+    people[:RUN]                            people, on the rating page of this run or another; waits for them
     FILE.py                                 your own: a file with a function `reward(pictures, prompts)`
 
 A reward is larger where a picture is better. `differentiable` says whether gradients go from its numbers to the pictures. Any sum
@@ -28,8 +28,9 @@ import importlib.util
 import io
 import json
 import re
+import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import torch
@@ -38,7 +39,7 @@ from torch import Tensor
 from sdcore import image
 from sdcore.errors import ConfigError, TrainingError
 
-from . import checker, world
+from . import checker, labels, world
 
 
 class Reward:
@@ -46,6 +47,7 @@ class Reward:
 
     name: str
     differentiable: bool = False
+    waits: bool = False  # for people: it may take hours, and is given up when the run is to stop
 
     def __call__(self, pictures: Tensor, prompts: list[str]) -> Tensor:
         """The worth [n] of pictures [n, 3, H, W] in 0..1 as answers to n prompts."""
@@ -54,6 +56,9 @@ class Reward:
     def identity(self) -> object:
         """What a resumed run must find the same: the name, and the content of files where there are any."""
         return self.name
+
+    def cancel(self) -> None:
+        """Give up whatever is being waited for."""
 
 
 # ----------------------------------------------------------------------------------------------- what is measured in the pixels
@@ -95,6 +100,28 @@ class Checker(Reward):
         return float(all(verdict.values())) if self.whole else sum(verdict.values()) / len(verdict)
 
 
+class People(Reward):
+    """What people say on the rating page (`sdcore rate RUN`): 1 to 5, as 0..1; 0.5 where they skip a picture. Waits for them."""
+
+    waits = True
+
+    def __init__(self, run: Path):
+        self.name, self.run, self.given_up = f"people:{run}", run, threading.Event()
+
+    def __call__(self, pictures: Tensor, prompts: list[str]) -> Tensor:
+        drawn = image.to_pictures(pictures * 2 - 1)
+        items = [labels.Item(prompt, picture) for prompt, picture in zip(prompts, drawn, strict=True)]
+        keys = labels.ask(self.run, items)
+        said = labels.wait(self.run, keys, self.given_up.is_set)
+        return torch.tensor([0.5 if (score := said[key].score) is None else (score - 1) / 4 for key in keys])
+
+    def identity(self) -> object:
+        return "people"
+
+    def cancel(self) -> None:
+        self.given_up.set()
+
+
 class Own(Reward):
     """The function `reward` of somebody's own file; differentiable where the file says `differentiable = True`."""
 
@@ -127,6 +154,7 @@ class Mix(Reward):
         self.parts = list(parts)
         self.name = "+".join(f"{weight:g}*{reward.name}" for weight, reward in self.parts)
         self.differentiable = all(reward.differentiable for _, reward in self.parts)
+        self.waits = any(reward.waits for _, reward in self.parts)
 
     def __call__(self, pictures: Tensor, prompts: list[str]) -> Tensor:
         total = torch.zeros(len(prompts))
@@ -137,8 +165,18 @@ class Mix(Reward):
     def identity(self) -> object:
         return [[weight, reward.identity()] for weight, reward in self.parts]
 
+    def cancel(self) -> None:
+        for _, reward in self.parts:
+            reward.cancel()
+
 
 # ------------------------------------------------------------------------------------------------------------- from words to one
+
+
+def jpeg(rest: str, out: Path, device: str | torch.device, sign: int) -> Reward:
+    if rest:
+        raise ConfigError(f"reward compressibility:{rest}: takes nothing behind a colon")
+    return JPEG(sign)
 
 
 def aesthetic(rest: str, out: Path, device: str | torch.device) -> Reward:
@@ -178,9 +216,10 @@ def whole_or_share(rest: str, out: Path, device: str | torch.device) -> Reward:
 
 
 MAKERS: dict[str, Callable[[str, Path, str | torch.device], Reward]] = {  # what stands behind the colon, OUT, device
-    "compressibility": lambda rest, out, device: JPEG(-1),
-    "incompressibility": lambda rest, out, device: JPEG(+1),
+    "compressibility": functools.partial(jpeg, sign=-1),
+    "incompressibility": functools.partial(jpeg, sign=+1),
     "checker": whole_or_share,
+    "people": lambda rest, out, device: People(Path(rest) if rest else out),
     "aesthetic": aesthetic,
     "clip": clip,
     "pick": functools.partial(clip, name="pick"),
@@ -278,33 +317,24 @@ def keep(pictures: Tensor, prompts: list[str], what: str, out: Path) -> Path:
     return folder
 
 
-class Handle:
-    """A reward that is being worked out."""
-
-    def __init__(self, future: Future):
-        self.future = future
-
-    def result(self) -> Tensor:
-        """Wait for it: [n] fp32, on the CPU. TrainingError as of `judged`."""
-        return self.future.result()
-
-
 class Rewards:
     """Asks a reward in threads, while the caller draws the next pictures. `threads` batches are looked at at once.
 
     with Rewards(reward, out) as rewards:
         handles = [rewards.submit(pictures, prompts) for ...]
         values = [handle.result() for handle in handles]
+
+    `stop` says whether the run is to end: a reward that waits for people is then given up.
     """
 
-    def __init__(self, reward: Reward, out: Path, threads: int = 2):
-        self.reward, self.out = reward, out
+    def __init__(self, reward: Reward, out: Path, threads: int = 2, stop: Callable[[], bool] = lambda: False):
+        self.reward, self.out, self.stop = reward, out, stop
         # A new thread would compute with as many threads as the machine has cores; the last bits of sums depend on that.
         self.pool = ThreadPoolExecutor(threads, "reward", torch.set_num_threads, (torch.get_num_threads(),))
 
-    def submit(self, pictures: Tensor, prompts: list[str]) -> Handle:
+    def submit(self, pictures: Tensor, prompts: list[str]) -> "Handle":
         """Begin to judge pictures [n, 3, H, W] in 0..1; they are copied, so the caller may go on to use their memory."""
-        return Handle(self.pool.submit(self.work, pictures.detach().clone(), list(prompts)))
+        return Handle(self, self.pool.submit(self.work, pictures.detach().clone(), list(prompts)))
 
     @torch.no_grad()
     def work(self, pictures: Tensor, prompts: list[str]) -> Tensor:
@@ -313,5 +343,23 @@ class Rewards:
     def __enter__(self) -> "Rewards":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            self.reward.cancel()
         self.pool.shutdown(cancel_futures=True)
+
+
+class Handle:
+    """Numbers that are being worked out."""
+
+    def __init__(self, asked: Rewards, future: Future):
+        self.asked, self.future = asked, future
+
+    def result(self) -> Tensor:
+        """Wait for them: [n] fp32, on the CPU. TrainingError as of `judged`, and where people are no longer waited for."""
+        while self.asked.reward.waits and not wait([self.future], timeout=0.5).done:
+            if self.asked.stop():
+                raise TrainingError(
+                    f"reward {self.asked.reward.name}: stopped while people were rating; what they said is kept, resume to go on"
+                )
+        return self.future.result()

@@ -53,7 +53,9 @@ def load_clip(folder: str | Path, device: str | torch.device = "cpu") -> CLIP:
     tokenizer = Tokenizer.from_folder(folder)
     tensors = ck.read_weights(folder, None, "image_encoder")
     text = ck.projected(ck.configs.text_config(values["text_config"], where), tensors, where)
-    return assemble(tensors, text, ck.configs.vision_config(values["vision_config"], where), tokenizer, folder, device)
+    return assemble(
+        tensors, text, ck.configs.vision_config(ck.configs.vision_values(values), where), tokenizer, folder, device
+    )
 
 
 def load_open_clip(file: str | Path, tokenizer: str | Path, device: str | torch.device = "cpu") -> CLIP:

@@ -368,6 +368,17 @@ def text_table(config: CLIPTextConfig) -> dict:
     }
 
 
+def vision_values(values: dict) -> dict:
+    """The vision tower's part of a whole CLIP's config.json, else the values themselves; the projection's width is the whole's.
+
+    (LAION's CLIPs have transformers' default of 512 in the part, and 1024, the truth, at the top.)
+    """
+    part = values.get("vision_config")
+    if not isinstance(part, dict):
+        return values
+    return part | {"projection_dim": values.get("projection_dim", 512)}
+
+
 def vision_config(values: dict, where: str | Path = "config.json") -> CLIPVisionConfig:
     """CLIPVisionModelWithProjection's config.json."""
     table = Table(values, where)

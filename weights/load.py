@@ -145,7 +145,7 @@ def load_image_encoder(path: str | Path, device=None, dtype=None) -> CLIPVision:
     if path.is_dir():
         where = path / "config.json"
         values = ck.configs.read_json(where)
-        config = ck.configs.vision_config(values.get("vision_config") or values, where)
+        config = ck.configs.vision_config(ck.configs.vision_values(values), where)
         found = ck.read_weights(path, None, "image_encoder")
     else:
         found = files.read(path).tensors
