@@ -1,4 +1,4 @@
-"""The command line: `sdcore generate | canny | train | bench | inspect | convert`.
+"""The command line: `sdcore generate | canny | train | rate | bench | inspect | convert`.
 
 Each command is a function over its parsed words, below the table that declares them (`generate`, the long one, has generate.py
 and given.py to itself); `main` parses, runs, and turns what goes wrong into the exit code: 0 done; 2 the user can mend it, one
@@ -22,7 +22,7 @@ from sdcore.errors import ConfigError, SdcoreError
 from . import generate
 from .words import Parser, one_line, share, size
 
-METHODS = ("lora", "dreambooth", "textual-inversion", "controlnet", "ddpo", "dpo", "text2image", "text", "vae")
+METHODS = ("lora", "dreambooth", "textual-inversion", "controlnet", "ddpo", "draft", "dpo", "text2image", "text", "vae")
 BENCHES = ("kernels", "unet", "pipeline", "train", "compile")
 NO_MEMORY = ("out of memory", "can't allocate memory")
 
@@ -59,6 +59,20 @@ def parser() -> Parser:
     c = command("train", train, "Train a model; each method has its own --help.", add_help=False)
     c.add_argument("method", choices=METHODS)
     c.add_argument("rest", nargs=argparse.REMAINDER, help="options of the method")
+
+    c = command("rate", rate, "Let a person rate pictures, on a page of this machine, until Ctrl-C.")
+    c.add_argument("folder", metavar="RUN", help="folder of a run; questions and answers lie in RUN/rating")
+    c.add_argument("--pairs", type=int, metavar="N", help="draw so many pairs first, or what is missing of them")
+    c.add_argument(
+        "--prompts", default="world:two", metavar="F",
+        help="their prompts, one a line of a file; world, world:two: the bundled model's (%(default)s)",
+    )  # fmt: skip
+    c.add_argument("--model", default="tiny", metavar="NAME", help="who draws them: name, folder, file (%(default)s)")
+    c.add_argument("--steps", type=int, default=30, metavar="N", help="steps of the sampler (%(default)s)")
+    c.add_argument("--guidance", type=float, default=3.0, metavar="G", help="how closely to follow (%(default)s)")
+    c.add_argument("--seed", type=int, default=0, metavar="N", help="of the first picture (%(default)s)")
+    c.add_argument("--pictures", metavar="FOLDER", help="score the pictures of this folder")
+    c.add_argument("--port", type=int, metavar="N", help="port of the page (the one it had before, or any)")
 
     c = command("bench", bench, "Judge and time kernels, UNets, pictures; each has its own --help.", add_help=False)
     c.add_argument("what", choices=BENCHES)
@@ -152,6 +166,12 @@ def train(args: argparse.Namespace) -> int:
     import importlib
 
     return importlib.import_module(f"sdcore.train.{args.method.replace('-', '_')}").main(args.rest)
+
+
+def rate(args: argparse.Namespace) -> int:
+    from sdcore.train import rate as rate_
+
+    return rate_.rate(args)
 
 
 def bench(args: argparse.Namespace) -> int:
