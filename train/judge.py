@@ -30,6 +30,7 @@ from .options import option, parse
 
 SEED = 20_000  # of the held-out prompts
 PART = 50  # pictures drawn together
+PARTS = ("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "vae")  # folders of a model
 
 
 @dataclass(frozen=True)
@@ -114,8 +115,13 @@ def autoencoder(vae: VAE, n: int) -> dict[str, float]:
 
 
 def fingerprint(folder: Path) -> dict[str, object]:
-    """The sha256 of every weight, vocabulary and configuration file of a model, and one hash of them all: the model's name."""
-    paths = sorted(p for p in folder.glob("*/*") if p.suffix in (".safetensors", ".json", ".txt"))
+    """The sha256 of every weight, vocabulary and configuration file of a model, and one hash of them all: the model's name.
+
+    What was made for the model later, such as a ControlNet, is no part of it and has a hash of its own.
+    """
+    paths = sorted(
+        p for part in PARTS for p in (folder / part).glob("*") if p.suffix in (".safetensors", ".json", ".txt")
+    )
     files = {str(p.relative_to(folder)): sha256(p) for p in paths}
     return {"hash": hashlib.sha256(json.dumps(files).encode()).hexdigest(), "files": files}
 

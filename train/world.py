@@ -4,7 +4,7 @@ It gives the bundled model endless training pairs; `checker.py` reads pictures b
 parts: (1) the words of the world and the one type `Scene` that serves as the truth to draw, as what a caption demands and as
 what the checker read; (2) drawing, by signed distance functions; (3) sampling scenes, with attribute combinations held out of
 training, and captions both ways (`caption` writes, `parse` reads). `python -m sdcore.train.world --out
-sheet.png` draws a sheet and times the drawing.
+sheet.png` draws a sheet and times the drawing; `--folder pictures --count 4000` writes a folder that the methods train on.
 
 Three things are reserved for later lessons, which teach them to the finished model: a subject (the rocket), a style (night:
 dark sky, things with a pale rim) and a look (teal stripes). `vae_scene` draws them now and then, `training_scene` never does.
@@ -20,6 +20,7 @@ import re
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -433,21 +434,44 @@ def parse(text: str) -> Scene:
     return Scene(things, JOINT[joint] if joint else None, background)
 
 
-def held_out_prompts(n: int, seed: int) -> list[tuple[str, Scene]]:
-    """n prompts with what they demand, alternately of one and two things; each names a combination never seen in training."""
+def held_out_scenes(n: int, seed: int) -> list[tuple[str, Scene]]:
+    """n captions and their scenes, alternately of one and two things; each names a combination never seen in training."""
     rng = np.random.default_rng(seed)
-    prompts: list[tuple[str, Scene]] = []
-    while len(prompts) < n:
-        text = caption(sample_scene(rng, 1 + len(prompts) % 2), rng, full=True)
+    found: list[tuple[str, Scene]] = []
+    while len(found) < n:
+        scene = sample_scene(rng, 1 + len(found) % 2)
+        text = caption(scene, rng, full=True)
         if held_out(parse(text)):
-            prompts.append((text, parse(text)))
-    return prompts
+            found.append((text, scene))
+    return found
+
+
+def held_out_prompts(n: int, seed: int) -> list[tuple[str, Scene]]:
+    """The captions of n held-out scenes with what they demand."""
+    return [(text, parse(text)) for text, _ in held_out_scenes(n, seed)]
 
 
 def training_pairs(rng: np.random.Generator, n: int) -> tuple[Array, list[str]]:
     """A training batch: pictures float32 [n, 3, 64, 64] in -1..1 and their captions."""
     scenes = [training_scene(rng) for _ in range(n)]
     return draw_batch(scenes), [caption(scene, rng) for scene in scenes]
+
+
+def write_folder(folder: Path, n: int, seed: int, unseen: bool = False) -> None:
+    """n pictures with their captions as a folder that the methods take: 00000.png and 00000.txt, four wordings, a line each.
+
+    `unseen`: the scenes are held-out ones, with the one wording that names what is held out.
+    """
+    from PIL import Image
+
+    rng = np.random.default_rng(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    held = held_out_scenes(n, seed) if unseen else []
+    for i in range(n):
+        scene = held[i][1] if unseen else training_scene(rng)
+        texts = [held[i][0]] if unseen else [caption(scene, rng) for _ in range(4)]
+        Image.fromarray(levels(draw(scene))).save(folder / f"{i:05}.png")
+        (folder / f"{i:05}.txt").write_text("\n".join(texts) + "\n")
 
 
 def vae_pictures(rng: np.random.Generator, n: int) -> Array:
@@ -470,6 +494,11 @@ def fingerprint() -> str:
 # ------------------------------------------------------------------------------------------------------- the sheet, by hand
 
 
+def levels(picture: Array) -> Array:
+    """A picture [3, H, W] in -1..1 as a file has it, uint8 [H, W, 3]."""
+    return np.rint((picture.transpose(1, 2, 0) + 1) * 127.5).astype(np.uint8)
+
+
 def sheet(pictures: Array, columns: int = 8, scale: int = 1) -> Array:
     """Pictures [b, 3, 64, 64] in -1..1 side by side, uint8 [H, W, 3], each pixel `scale` times as large."""
     b, _, h, w = pictures.shape
@@ -477,12 +506,12 @@ def sheet(pictures: Array, columns: int = 8, scale: int = 1) -> Array:
     grid = np.full((rows * (h + 2), columns * (w + 2), 3), 255, np.uint8)
     for i, picture in enumerate(pictures):
         y, x = i // columns * (h + 2), i % columns * (w + 2)
-        grid[y : y + h, x : x + w] = np.rint((picture.transpose(1, 2, 0) + 1) * 127.5)
+        grid[y : y + h, x : x + w] = levels(picture)
     return grid.repeat(scale, 0).repeat(scale, 1)
 
 
 def main() -> None:
-    """Draw a sheet of 8 x 8 pictures, print their captions, time the drawing."""
+    """Draw a sheet of 8 x 8 pictures, print their captions, time the drawing; or write a folder of pictures and captions."""
     import argparse
     import time
 
@@ -492,7 +521,12 @@ def main() -> None:
     options.add_argument("--out", default="sheet.png")
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--reserved", action="store_true", help="with the subject, the style and the look in turn")
+    options.add_argument("--folder", type=Path, help="write pictures with captions here instead, to train on")
+    options.add_argument("--count", type=int, default=4000, help="how many")
+    options.add_argument("--held-out", action="store_true", help="of the scenes that are kept from training")
     args = options.parse_args()
+    if args.folder:
+        return write_folder(args.folder, args.count, args.seed, args.held_out)
     rng = np.random.default_rng(args.seed)
     scenes = [training_scene(rng) for _ in range(64)]
     if args.reserved:

@@ -17,7 +17,7 @@ there is none by the name: what is called shuffle is averaged over the picture. 
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -110,6 +110,8 @@ def resolve(name: str | Path) -> Path:
     if isinstance(name, Path) or Path(name).exists() or text.lower().endswith(fetch.WEIGHT_SUFFIXES):
         return fetch.resolve(name)
     known = fetch.manifest()["control"].get(text)
+    if known and "folder" in known:
+        return fetch.HERE / known["folder"]
     repo = known["repo"] if known else text
     if not known and not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", text):
         raise CheckpointError(
@@ -379,3 +381,20 @@ def write_control(folder: str | Path, net: ControlNet, dtype: torch.dtype | None
     text = json.dumps(configs.control_table(net.config), indent=2) + "\n"
     (folder / "config.json").write_text(text, encoding="utf-8")
     files.write(folder / "diffusion_pytorch_model.safetensors", net.state_dict(), {"format": "pt"}, dtype)
+
+
+def write_control_lora(path: str | Path, net: ControlNet, changes: Mapping[str, LowRank]) -> None:
+    """A Control-LoRA in the released layout: .up and .down for the layers of `changes`, every other tensor of `net` as it is.
+
+    What stays the base's is not written. CheckpointError where it cannot be written.
+    """
+    own = {name: t for name, t in net.state_dict().items() if not _within(name, changes)}
+    thin = {f"{layer}.{side}": t for layer, c in changes.items() for side, t in (("up", c.up), ("down", c.down))}
+    tensors = names.rename(own | thin, names.controlnet_modules(net.config))
+    files.write(path, {"lora_controlnet": torch.zeros(0)} | tensors, {"format": "pt"})
+
+
+def _within(name: str, changes: Mapping[str, LowRank]) -> bool:
+    """Whether this is the weight that a change stands for, or a part of the change."""
+    layer, _, kind = name.rpartition(".")
+    return kind == "weight" and layer in changes or ".change." in name
