@@ -4,14 +4,15 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test check gpu lint train clean
+.PHONY: demo test check chapter gpu lint train clean
 
 demo: .venv/.run
 	$(BIN)/sdcore generate "a yellow star above a blue square" --guidance 3 --seed 3 --out demo.png
 
-# What CI runs: style, types, and every test that is not a long proof.
+# What CI runs: style, types, and every test that is not a long proof; as many at once as there are JOBS, a thread each.
+JOBS ?= 2
 test: .venv/.test lint
-	$(BIN)/python -m pytest --timeout 900
+	$(BIN)/python -m pytest --timeout 1200 --numprocesses $(JOBS) --dist loadgroup
 
 lint: .venv/.test
 	$(BIN)/ruff check .
@@ -21,6 +22,10 @@ lint: .venv/.test
 # The long proofs: full-size files, many mutants, the bundled model's targets. Their reports go to docs/reports/.
 check: .venv/.test
 	$(BIN)/python -m pytest --check -m check --timeout 7200 -s
+
+# Every method of the chapter on the bundled model, judged: runs/chapter/report.html. Stop it as you like, the same command goes on.
+chapter: .venv/.run
+	$(BIN)/python -m sdcore.train.chapter
 
 # On a machine with an NVIDIA GPU: prove and measure into kernels/results/. PART=attention (norms, unet, unet-xl, pipeline, train)
 # does one part, each under nine minutes. GPU_PYTHON=python3 takes a Python that has torch already; nothing is downloaded then.

@@ -9,7 +9,8 @@ import sdcore
 from sdcore.pipeline import Pipeline
 from tests import tiny_models
 
-torch.set_num_threads(int(os.environ.get("SDCORE_TEST_THREADS", "2")))
+ALONE = "PYTEST_XDIST_WORKER" not in os.environ  # else beside others, on the same cores
+torch.set_num_threads(int(os.environ.get("SDCORE_TEST_THREADS", "2" if ALONE else "1")))
 
 
 def pytest_addoption(parser):
