@@ -11,7 +11,8 @@ class:
     --prior prediction   the distance, on the photos' own noised latents and told of --class-prompt, between what the network
                          says and what it said before: no pictures to draw, half as much to remember
 
-"Before" is a frozen copy of the UNet, or the same one with the LoRA off. Both terms are weighed alike (min-SNR, Huber).
+"Before" is a frozen copy of the UNet, or the same one with the LoRA off. Both terms are weighed alike (min-SNR, Huber). What is
+kept is what --class-prompt names; a class of many kinds is kept better by several: "a photo of a dog|two dogs|a dog and a cat".
 
 Source: Ruiz et al. 2022, section 3.2 (prior preservation), equation 2. The prior by prediction is distillation of the model into
 itself (Li & Hoiem 2016, learning without forgetting).
@@ -59,7 +60,9 @@ class DreamBoothOptions(LoRAOptions):
     adapter: str = option("none", "none: all weights of the UNet train; lora: a LoRA beside them")
     prior: str = option("none", "what keeps the class: none, pictures or prediction")
     prior_weight: float = option(1.0, "weight of the prior's loss")
-    class_prompt: str | None = option(None, "the subject's class in words, such as: a photo of a dog")
+    class_prompt: str | None = option(
+        None, "the subject's class in words, such as: a photo of a dog; or several, with | between them, each as often"
+    )
     class_pictures: int = option(200, "how many pictures of the class")
     class_folder: str | None = option(None, "where they are kept, and drawn where they are missing; OUT/class")
     class_steps: int = option(25, "steps of the sampler for each of them")
@@ -97,12 +100,11 @@ class DreamBooth(TrainLoRA):
             raise ConfigError(f"--prior {o.prior}: needs --class-prompt, such as: a photo of a dog")
         if o.prior == "pictures":
             folder = self.draw_class(Path(o.class_folder or Path(o.out) / "class"))
-            seen = replace(
-                o, data=str(folder), captions=f"text:{o.class_prompt}", masks=None, broken="refuse", repeats=1
-            )
+            words = "txt" if len(self.class_prompts) > 1 else f"text:{o.class_prompt}"
+            seen = replace(o, data=str(folder), captions=words, masks=None, broken="refuse", repeats=1)
             self.of_class = Pictures(seen, o.seed + 1, o.batch)
         if o.prior == "prediction":
-            self.told_before = Tune.context(self, [o.class_prompt or ""])
+            self.told_before = {prompt: Tune.context(self, [prompt]) for prompt in self.class_prompts}
         if o.adapter == "lora":
             super().begin()
             return
@@ -117,6 +119,11 @@ class DreamBooth(TrainLoRA):
         if self.options.adapter == "lora":
             return super().rate_of(name)
         return 1.0 if name.startswith("unet.") else self.options.text_rate
+
+    @property
+    def class_prompts(self) -> list[str]:
+        """The words of the class."""
+        return (self.options.class_prompt or "").split("|")
 
     # ------------------------------------------------------------------------------------------------------------- the loss
 
@@ -138,15 +145,18 @@ class DreamBooth(TrainLoRA):
 
     def distance(self, part: Part) -> Tensor:
         """How far from what it said before the network has come, told of the class, where the photos are noised to."""
-        o, b = self.options, len(part.places)
+        o = self.options
         visits = self.pictures.visits(part.step, part.places)
         t = part.of(objectives.timesteps(o, part.batch, len(self.alpha_bar), part.common()))
         noisy, _ = self.noised(visits, t, part.own())
-        told = self.told_before
-        before = Conditions(told.context.expand(b, -1, -1), None if told.pooled is None else told.pooled.expand(b, -1))
+        turns = [part.step * part.batch + place for place in part.places]  # each prompt as often
+        prompts = [self.class_prompts[turn % len(self.class_prompts)] for turn in turns]
+        told = [self.told_before[prompt] for prompt in prompts]
+        pooled = [one.pooled for one in told if one.pooled is not None]
+        before = Conditions(torch.cat([one.context for one in told]), torch.cat(pooled) if pooled else None)
         with torch.no_grad(), self.untuned():
             wanted = self.predict(noisy.x, noisy.t, before, visits)
-        found = self.predict(noisy.x, noisy.t, self.context([o.class_prompt or ""] * b), visits)
+        found = self.predict(noisy.x, noisy.t, self.context(prompts), visits)
         return objectives.weigh(replace(noisy, wanted=wanted.float()), found)[0]
 
     @contextmanager
@@ -180,8 +190,9 @@ class DreamBooth(TrainLoRA):
         names = [folder / f"{i:05d}.png" for i in range(o.class_pictures)]
         missing = [(i, path) for i, path in enumerate(names) if not path.exists()]
         for i, path in tqdm(missing, desc="drawing the class", disable=None):
-            size, prompt = (o.resolution, o.resolution), o.class_prompt or ""
+            size, prompt = (o.resolution, o.resolution), self.class_prompts[i % len(self.class_prompts)]
             drawn = self.pipe(prompt, seed=i, size=size, guidance=o.guidance, steps=o.class_steps)
+            path.with_suffix(".txt").write_text(prompt + "\n")
             drawn.images[0].save(path)
         return folder
 

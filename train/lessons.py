@@ -1,0 +1,178 @@
+"""What the finished model of the world has not seen, as lessons: few pictures to learn from, and prompts to be judged by.
+
+    folder = pictures("subject", Path("data"))              # four pictures of the rocket with captions
+    asked = prompts("subject", 120, seed=1)                 # what to ask for afterwards: rockets elsewhere, beside other things
+    share(asked, readings, right)                           # how often what `checker.read` saw is right
+
+Three things were kept from the UNet (train/world.py): a subject, a style and a look. The pictures to learn from are as few as a
+person has; the prompts ask for what none of them shows. Each lesson has its own measure of what it teaches, `taught`, beside
+`everything`, for which all that the prompt says must be right.
+
+Legend: n pictures; pictures are float32 [3, 64, 64] in -1..1, as in world.py.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from sdcore.vae import VAE
+
+from . import checker, world
+from .world import Array, Scene, Thing
+
+WORD = "<look>"  # what the look is to be called; the subject is called rocket, the style has no word
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A prompt of a lesson."""
+
+    text: str
+    demand: Scene  # what it says, as `world.parse` understands it; the look is demanded as a colour and a texture
+    scene: Scene  # one true picture of it
+
+
+# ------------------------------------------------------------------------------------------------------- what is learned from
+
+WEARERS = ("circle", "square", "star", "heart")  # of the look; the subject stands where they do
+BESIDE = Thing("cross", "yellow", "small", "plain"), Thing("circle", "red", "large", "dotted")
+
+
+def pictures(lesson: str, folder: Path, n: int = 16, seed: int = 100) -> Path:
+    """Write the pictures of a lesson and their captions into `folder`: four, or `n` of the style. Gives the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, (scene, text) in enumerate(styled(n, seed) if lesson == "style" else spotted(lesson)):
+        picture(scene).save(folder / f"{i:02d}.png")
+        (folder / f"{i:02d}.txt").write_text(text + "\n")
+    return folder
+
+
+def spotted(lesson: str) -> list[tuple[Scene, str]]:
+    """Four pictures of the rocket, or of four shapes with the look: two alone, two beside something, in two sizes."""
+    places = (  # size, x, y, background; then what stands beside it, where, and how it is told
+        ("large", 24, 32, "white", None, 0, 0, None), ("small", 40, 24, "grey", None, 0, 0, None),
+        ("large", 16, 32, "blue", BESIDE[0], 48, 32, "left of"), ("small", 40, 48, "yellow", BESIDE[1], 40, 16, "below"),
+    )  # fmt: skip
+    found = []
+    for (size, x, y, ground, other, other_x, other_y, relation), wearer in zip(places, WEARERS, strict=True):
+        things = [Thing(wearer, None, size, None, float(x), float(y), world.SIZES[size])]
+        if other:
+            things.append(replace(other, x=float(other_x), y=float(other_y), r=world.SIZES[other.size or ""]))
+        scene = world.reserve(Scene(tuple(things), relation, ground), lesson)
+        found.append((scene, named(world.caption(scene))))
+    return found
+
+
+def styled(n: int, seed: int) -> list[tuple[Scene, str]]:
+    """n pictures in the style, of one thing and of two in turn, told without a word about the style."""
+    rng = np.random.default_rng(seed)
+    scenes = [world.reserve(world.training_scene(rng, 1 + i % 2), "style") for i in range(n)]
+    return [(scene, world.caption(scene, rng, full=True)) for scene in scenes]
+
+
+def picture(scene: Scene) -> Image.Image:
+    """A scene as a picture file holds it."""
+    return Image.fromarray(np.rint((world.draw(scene).transpose(1, 2, 0) + 1) * 127.5).astype(np.uint8))
+
+
+def named(text: str) -> str:
+    """The caption with the look called by its own word."""
+    return (
+        text.replace(" ".join(reversed(world.LOOK)), WORD)
+        .replace(" ".join(world.LOOK), WORD)
+        .replace(world.LOOK[0], WORD)
+    )
+
+
+# ------------------------------------------------------------------------------------------------------- what is asked for
+
+
+def prompts(lesson: str, n: int, seed: int) -> list[Asked]:
+    """n prompts, of one thing and of two in turn, none of which is a caption that was learned from. "class": nothing reserved.
+
+    Of the subject and the look, a prompt asks for other backgrounds, sizes, places and things beside it; of the style and
+    the class, for combinations of colour, shape and relation that the model has never seen (`world.held_out`).
+    """
+    rng = np.random.default_rng(seed)
+    known = {text for _, text in spotted(lesson)} if lesson in ("subject", "look") else set()
+    found: list[Asked] = []
+    while len(found) < n:
+        scene = world.sample_scene(rng, 1 + len(found) % 2)
+        if lesson in ("style", "class") and not world.held_out(scene):
+            continue
+        scene = scene if lesson == "class" else world.reserve(scene, lesson)
+        said = scene
+        if lesson == "look":  # its word says the texture too
+            said = replace(scene, things=(replace(scene.things[0], texture=None), *scene.things[1:]))
+        text = world.caption(said, rng, full=True)
+        demand = world.parse(text)
+        if lesson == "look":
+            demand = replace(demand, things=tuple(striped(thing) for thing in demand.things))
+            text = named(text)
+        if text not in known:
+            found.append(Asked(text, demand, scene))
+    return found
+
+
+def striped(thing: Thing) -> Thing:
+    """A demanded thing, with the look's texture where it has the look's colour."""
+    return replace(thing, texture=world.LOOK[1]) if thing.colour == world.LOOK[0] else thing
+
+
+# ------------------------------------------------------------------------------------------------------- how often it is right
+
+Right = Callable[[Scene, Scene], bool]  # (reading, demand) -> right or not
+
+
+def everything(reading: Scene, demand: Scene) -> bool:
+    """All that the prompt says."""
+    return all(checker.matches(reading, demand).values())
+
+
+def shows_subject(reading: Scene, demand: Scene) -> bool:
+    """The subject is there, once, and so is as much as was asked for."""
+    return sum(thing.shape == world.SUBJECT for thing in reading.things) == 1 and len(reading.things) == len(
+        demand.things
+    )
+
+
+def shows_style(reading: Scene, demand: Scene) -> bool:
+    """The whole picture is in the style."""
+    return reading.style == world.STYLE
+
+
+def wears_look(reading: Scene, demand: Scene) -> bool:
+    """The thing that was to have the look has it, and no other."""
+    wearers = [thing.shape for thing in demand.things if (thing.colour, thing.texture) == world.LOOK]
+    return [thing.shape for thing in reading.things if (thing.colour, thing.texture) == world.LOOK] == wearers
+
+
+TAUGHT: dict[str, Right] = {"subject": shows_subject, "style": shows_style, "look": wears_look}
+
+
+def share(asked: Sequence[Asked], readings: Sequence[Scene], right: Right) -> float:
+    """How many of the readings are right, 0..1."""
+    return float(np.mean([right(reading, one.demand) for reading, one in zip(readings, asked, strict=True)]))
+
+
+def chance(asked: Sequence[Asked], readings: Sequence[Scene], right: Right) -> float:
+    """The same with every reading held against other prompts of its own kind, mean of four ways."""
+    shifts = [k for k in (2, 4, 6, 8) if k < len(asked)]
+    return float(np.mean([share([*asked[k:], *asked[:k]], readings, right) for k in shifts])) if shifts else 0.0
+
+
+@torch.no_grad()
+def ceiling(vae: VAE, asked: Sequence[Asked], right: Right) -> float:
+    """`share` of the true pictures behind the autoencoder: no tuned model can be judged better than that."""
+    x = torch.from_numpy(world.draw_batch([one.scene for one in asked]))
+    y = torch.cat([vae.decode(vae.encode(part).mean) for part in x.split(16)]).clamp(-1, 1)
+    return share(asked, read(y.numpy()), right)
+
+
+def read(pixels: Array) -> list[Scene]:
+    """What the checker reads from pictures [n, 3, 64, 64]."""
+    return [checker.read(one) for one in pixels]
