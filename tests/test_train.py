@@ -486,6 +486,94 @@ def test_rates_by_parameter_and_decay_by_kind(tmp_path):
     assert decays == {2: 0.0, 1: 0.0}
 
 
+class Deep(Line):
+    """Line, through a few layers and one weight that is used twice."""
+
+    def __init__(self, poison: range = range(0)):
+        super().__init__(poison=poison)
+        torch.manual_seed(1)
+        self.deep = torch.nn.Sequential(*(torch.nn.Linear(3, 3) for _ in range(4)))
+        self.deep[2].weight = self.deep[0].weight
+        self.modules["deep"] = self.deep
+
+    def loss(self, part):
+        x = part.of(torch.randn(part.batch, 3, generator=part.common()))
+        loss = (self.modules["line"](self.deep(x).tanh()) - x.sum(dim=1, keepdim=True)).square().mean()
+        return loop.Loss(loss * (float("nan") if part.step in self.poison else 1.0), len(x))
+
+
+@pytest.mark.parametrize("optimiser", ["adamw", "adafactor", "lion", "sgd"])
+def test_a_step_in_the_backward_pass_is_the_same_step(tmp_path, optimiser):
+    """The same bits as with all gradients first, of which there is never more than one; resumed as well."""
+    o = dict(optimiser=optimiser, clip=0.0, lr=1e-2, steps=12, save_every=4, weight_decay=0.1)
+    loop.run(Deep(), line_options(tmp_path / "all", **o))
+    most, task = 0, Deep()
+    for p in task.deep.parameters():
+        p.register_post_accumulate_grad_hook(lambda _: count())
+
+    def count():
+        nonlocal most
+        most = max(most, sum(p.grad is not None for module in task.modules.values() for p in module.parameters()))
+
+    with pytest.raises(Cut):
+        loop.run(cut_at(task, 6), line_options(tmp_path / "fused", fused_step=True, **o))
+    loop.run(Deep(), line_options(tmp_path / "fused", fused_step=True, resume=True, **o))
+    assert_same_bits(final(tmp_path / "all"), final(tmp_path / "fused"))
+    assert most == 1
+    norms = [
+        [line["norm"] for line in log_lines(tmp_path / run) if "norm" in line and line["step"] == 12]
+        for run in ("all", "fused")
+    ]
+    assert norms[1] == pytest.approx(norms[0], rel=1e-5)
+
+
+def test_a_step_in_the_backward_pass_is_refused_where_it_would_be_another(tmp_path):
+    for wrong, words in (
+        (dict(clip=1.0), "--clip 1.0"), (dict(accumulate=2, clip=0.0), "--accumulate 2"),
+        (dict(precision="fp16", clip=0.0), "--precision fp16"),
+    ):  # fmt: skip
+        with pytest.raises(TrainingError, match=f"--fused-step: .*{words}"):
+            loop.run(Line(), line_options(tmp_path / "run", fused_step=True, **wrong))
+    with pytest.raises(NonFiniteError, match="step 7 was not finite, and the step has been made"):
+        loop.run(Deep(poison=range(7, 8)), line_options(tmp_path / "run", fused_step=True, clip=0.0))
+    assert checkpoints.Checkpoints(tmp_path / "run/checkpoints", 2).newest()[1]["step"] == 5
+
+
+def test_gradients_are_shortened_together_or_not_at_all(tmp_path):
+    """SGD moves by the rate times the gradient, which with --clip is as long as that, over all parameters."""
+    moved = {}
+    for clip in (0.0, 0.5):
+        task, start = Line(), torch.cat([p.detach().flatten() for p in Line().modules["line"].parameters()])
+        now = state.State(task, line_options(tmp_path, optimiser="sgd", clip=clip, weight_decay=0.0), ranks.Ranks())
+        figures = now.take(0, 0.1)
+        moved[clip] = torch.cat([p.detach().flatten() for p in task.modules["line"].parameters()]) - start
+    assert figures["norm"] > 1 and moved[0.0].norm().item() == pytest.approx(0.1 * figures["norm"], rel=1e-5)
+    assert moved[0.5].norm().item() == pytest.approx(0.05, rel=1e-4)
+
+
+def log_lines(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def test_the_log_of_a_resumed_run_is_that_of_the_whole(tmp_path):
+    """Means over steps before and after the cut; a line that a kill cut short spoils no other."""
+    o = dict(steps=20, save_every=3, log_every=5)
+    loop.run(Line(), line_options(tmp_path / "whole", **o))
+    with pytest.raises(Cut):
+        loop.run(cut_at(Line(), 8), line_options(tmp_path / "cut", **o))
+    with open(tmp_path / "cut/log.jsonl", "a") as file:
+        file.write('{"step": 8, "lo')
+    loop.run(Line(), line_options(tmp_path / "cut", resume=True, **o))
+    text_ = (tmp_path / "cut/log.jsonl").read_text()
+    assert '{"step": 8, "lo\n{"step": 6, "event": "resumed"' in text_
+    found = [json.loads(line) for line in text_.splitlines() if line != '{"step": 8, "lo']
+    figures = [
+        {line["step"]: (line["loss"], line["norm"]) for line in lines if "loss" in line}
+        for lines in (log_lines(tmp_path / "whole"), found)
+    ]
+    assert figures[0] == figures[1] and len(figures[0]) == 4
+
+
 class Judged(Line):
     """Evaluations whose figures are given, and an export that writes what it was given."""
 
