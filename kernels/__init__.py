@@ -28,6 +28,8 @@ FILES = {
     "gemm": "gemm",
     "lora_linear": "lora_linear",
     "guidance_step": "guidance_step",
+    "fp8_linear": "fp8",
+    "fp8_conv": "fp8",
 }
 
 

@@ -141,43 +141,67 @@ def line(result: Compiled) -> str:
 HEADER = f"{'target':8}{'build':64} {'reg':>4}{'spill':>5}{'KiB':>8}  {'tensor cores':20} verdict"
 
 
-def report(results: Sequence[Compiled]) -> str:
-    """The results as a page of Markdown: a summary by file and target, then each build on Hopper."""
-    bad = [r for r in results if r.faults]
-    lines = [
+def report(results: Sequence[Compiled], before: str = "") -> str:
+    """The results as a page of Markdown: a summary by file and target, then each build on Hopper.
+
+    `before`: a page to which they are added; its rows of the same files and builds are replaced.
+    """
+    summary, hopper, bad = rows(before)
+    for file, arch in dict.fromkeys((r.file, r.arch) for r in results):
+        these = [r for r in results if (r.file, r.arch) == (file, arch)]
+        kinds = sorted({kind for r in these for kind in r.matrix})
+        tensor = f"{sum(bool(r.matrix) for r in these)} ({', '.join(kinds)})" if kinds else "0"
+        summary[f"{file} sm_{arch}"] = (
+            f"| {file} | sm_{arch} | {len(these)} | {max(r.registers for r in these)} | {sum(r.spills for r in these)} "
+            f"| {max(r.shared for r in these) / 1024:.1f} KiB | {tensor} | {sum(bool(r.faults) for r in these)} |"
+        )
+    for r in results:
+        bad.pop(f"sm_{r.arch} {r.name}", None)
+        if r.faults:
+            bad[f"sm_{r.arch} {r.name}"] = f"- sm_{r.arch} {r.name}: {'; '.join(r.faults)}"
+        if r.arch == 90:
+            matrix = ", ".join(f"{n} {name}" for name, n in r.matrix.items()) or "-"
+            hopper[r.name] = f"| {r.name} | {r.registers} | {r.shared / 1024:.1f} KiB | {matrix} |"
+    counts = [[int(cell) for cell in (row.split("|")[3], row.split("|")[8])] for row in summary.values()]
+    since = re.findall(r"^.*, commit .*$", before, re.M)
+    if since:
+        since[-1] = since[-1].removesuffix(":") + ";"
+    names = f"{', '.join(dict.fromkeys(r.file for r in results))}: " if since else ""
+    return "\n".join([
         "# Kernels, compiled ahead of time",
         "",
-        f"`sdcore bench compile` on a machine without a GPU, triton {triton.__version__}, commit {commit()}:",
-        f"{len(results)} builds, {len(bad)} at fault.",
+        *since,
+        f"{names}`sdcore bench compile` on a machine without a GPU, triton {triton.__version__}, commit {commit()}:",
+        f"{sum(n for n, _ in counts)} builds, {sum(n for _, n in counts)} at fault.",
         "",
         "Spill: instructions that go to local memory. A block may have 163 KiB of shared memory on sm_80, 227 KiB on sm_90 and",
         "sm_100. Tensor cores: builds whose machine code uses them, and with which instructions.",
         "",
         "| file | target | builds | most registers | spills | most shared memory | tensor cores | at fault |",
         "|---|---|---|---|---|---|---|---|",
-    ]
-    for file, arch in dict.fromkeys((r.file, r.arch) for r in results):
-        these = [r for r in results if (r.file, r.arch) == (file, arch)]
-        kinds = sorted({kind for r in these for kind in r.matrix})
-        tensor = f"{sum(bool(r.matrix) for r in these)} ({', '.join(kinds)})" if kinds else "0"
-        lines.append(
-            f"| {file} | sm_{arch} | {len(these)} | {max(r.registers for r in these)} | {sum(r.spills for r in these)} "
-            f"| {max(r.shared for r in these) / 1024:.1f} KiB | {tensor} | {sum(bool(r.faults) for r in these)} |"
-        )
-    if bad:
-        lines += ["", "## At fault", "", *(f"- sm_{r.arch} {r.name}: {'; '.join(r.faults)}" for r in bad)]
-    lines += [
+        *summary.values(),
+        *(["", "## At fault", "", *bad.values()] if bad else []),
         "",
         "## Every build on sm_90",
         "",
         "| build | registers | shared memory | tensor cores |",
         "|---|---|---|---|",
-    ]
-    for r in results:
-        if r.arch == 90:
-            matrix = ", ".join(f"{n} {name}" for name, n in r.matrix.items()) or "-"
-            lines.append(f"| {r.name} | {r.registers} | {r.shared / 1024:.1f} KiB | {matrix} |")
-    return "\n".join(lines) + "\n"
+        *hopper.values(),
+    ]) + "\n"  # fmt: skip
+
+
+def rows(page: str) -> tuple[dict[str, str], dict[str, str], dict[str, str]]:
+    """The lines of a page by what they are about: of the summary, of the builds on Hopper, of what is at fault."""
+    summary, hopper, bad = {}, {}, {}
+    for line in page.splitlines():
+        cells = [cell.strip() for cell in line.split("|")[1:-1]]
+        if line.startswith("- sm_"):
+            bad[line[2:].partition(":")[0]] = line
+        elif len(cells) == 8 and cells[1].startswith("sm_"):
+            summary[f"{cells[0]} {cells[1]}"] = line
+        elif len(cells) == 4 and cells[1].isdigit():
+            hopper[cells[0]] = line
+    return summary, hopper, bad
 
 
 def document(results: Sequence[Compiled]) -> dict[str, Any]:
@@ -185,8 +209,9 @@ def document(results: Sequence[Compiled]) -> dict[str, Any]:
     return {"what": "compile", "triton": triton.__version__, "builds": [asdict(r) for r in results]}
 
 
-def write_report(results: Sequence[Compiled], path: Path) -> None:
-    """Replace a report, whole or not at all."""
+def write_report(results: Sequence[Compiled], path: Path, add: bool = False) -> None:
+    """Replace a report, whole or not at all; `add` keeps its rows of other files."""
+    page = report(results, path.read_text() if add and path.exists() else "")
     beside = path.with_name(f".{path.name}")
-    beside.write_text(report(results))
+    beside.write_text(page)
     beside.replace(path)

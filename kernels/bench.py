@@ -307,6 +307,7 @@ def options() -> argparse.ArgumentParser:
     top.add_argument("--minutes", type=float, default=float("inf"), metavar="M", help="begin nothing after so long")
     top.add_argument("--target", type=int, nargs="*", choices=(80, 90, 100), help="compile: sm_80, sm_90, sm_100 (all)")
     top.add_argument("--report", metavar="F", help="compile: also write a page of Markdown")
+    top.add_argument("--add", action="store_true", help="compile: the report keeps its rows of other files")
     top.add_argument("--plot", metavar="F", help="draw a PNG")
     top.add_argument(
         "--json", nargs="?", const="", metavar="F", help="one JSON document as the last line, and in file F"
@@ -375,7 +376,7 @@ def compiled(args: argparse.Namespace, deadline: float) -> dict[str, Any]:
         tell(aot.line(result))
         results.append(result)
     if args.report:
-        aot.write_report(results, Path(args.report))
+        aot.write_report(results, Path(args.report), args.add)
     return aot.document(results)
 
 

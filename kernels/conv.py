@@ -24,10 +24,12 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
+from sdcore.kernels import products
 from sdcore.kernels.common import FLOATS, Build, build, can_run, dot, name_of, poison_if_asked
 from sdcore.kernels.gemm import TOGETHER, Tile, choose, processors_of, tile_of
 from torch import Tensor
 
+reference = products.conv  # what `conv` means
 LAST = torch.channels_last
 # One step smaller than those of `gemm`: where the pixels lie takes registers too.
 HALF = (Tile(128, 128, 64, 8, 3, 1.0), Tile(128, 64, 64, 4, 4, 0.8), Tile(64, 64, 64, 8, 4, 0.6))
@@ -36,12 +38,13 @@ FULL = (Tile(64, 64, 32, 4, 3, 1.0),)  # fp32
 
 @triton.jit
 def conv_forward(
-    x, weight, bias, shift, residual, y, b, h, w, c, o, height, width,
-    BIAS: tl.constexpr, SHIFT: tl.constexpr, RESIDUAL: tl.constexpr, WHOLE: tl.constexpr,
+    x, weight, bias, shift, residual, y, scale_x, scale_w, b, h, w, c, o, height, width,
+    BIAS: tl.constexpr, SHIFT: tl.constexpr, RESIDUAL: tl.constexpr, SCALED: tl.constexpr, WHOLE: tl.constexpr,
     TAPS: tl.constexpr, STRIDE: tl.constexpr, UP: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
-    """One tile of y, of the parity that is this program's second number where UP is 2. WHOLE says that K divides c.
+    """One tile of y, of the parity that is this program's second number where UP is 2. WHOLE says that K divides c. SCALED: x
+    and weight are codes, to be multiplied by a number a picture and one an output channel (fp8.py).
 
     height and width count the pixels of one parity: y has UP times as many each way.
     """
@@ -67,6 +70,8 @@ def conv_forward(
             a = tl.load(picture + at, seen[:, None] & (channel < c)[None, :], 0.0)
             d = tl.load(matrix + (tap * c + channel)[:, None], (channel < c)[:, None], 0.0)
         out = dot(a, d, out)
+    if SCALED:
+        out *= tl.load(scale_x + image, row < m, 0.0)[:, None] * tl.load(scale_w + column, column < o, 0.0)[None, :]
     if BIAS:
         out += tl.load(bias + column, column < o, 0.0).to(tl.float32)[None, :]
     inside = (row < m)[:, None] & (column < o)[None, :]
@@ -80,21 +85,25 @@ def conv_forward(
 
 
 def launch(
-    x: Tensor, weight: Tensor, bias: Tensor | None, shift: Tensor | None, residual: Tensor | None, stride: int, up: int
-) -> Tensor:
-    """Run the kernel: up 1 is `conv`, up 2 is `upsample_conv.convolve`, with the weights of the four parities in a row."""
+    x: Tensor, weight: Tensor, bias: Tensor | None, shift: Tensor | None, residual: Tensor | None, stride: int, up: int,
+    scales: tuple[Tensor, Tensor] | None = None, dtype: torch.dtype | None = None, tiles: tuple[Tile, ...] | None = None,
+) -> Tensor:  # fmt: skip
+    """Run the kernel: up 1 is `conv`, up 2 is `upsample_conv.convolve`, with the weights of the four parities in a row.
+
+    Where x and weight are codes: their scales, the dtype of the result, and the ways to cut.
+    """
     (b, c, h, w), o, taps = x.shape, len(weight) // up**2, weight.shape[-1]
     height, width = ((h - 1) // stride + 1, (w - 1) // stride + 1) if up == 1 else (h, w)
-    y = torch.empty((b, o, height * up, width * up), dtype=x.dtype, device=x.device, memory_format=LAST)
+    y = torch.empty((b, o, height * up, width * up), dtype=dtype or x.dtype, device=x.device, memory_format=LAST)
     poison_if_asked(y)
     m = b * height * width
-    tile = choose(m * up**2, o, FULL if x.dtype == torch.float32 else HALF, processors_of(x))
+    tile = choose(m * up**2, o, tiles or (FULL if x.dtype == torch.float32 else HALF), processors_of(x))
     grid = (triton.cdiv(m, tile.m) * triton.cdiv(o, tile.n), up**2)
     conv_forward[grid](
         x, weight, y if bias is None else bias, y if shift is None else shift, y if residual is None else residual, y,
-        b, h, w, c, o, height, width,
-        BIAS=bias is not None, SHIFT=shift is not None, RESIDUAL=residual is not None, WHOLE=c % tile.k == 0,
-        TAPS=taps, STRIDE=stride, UP=up, **tile.constants, TOGETHER=TOGETHER,
+        *(scales or (y, y)), b, h, w, c, o, height, width,
+        BIAS=bias is not None, SHIFT=shift is not None, RESIDUAL=residual is not None, SCALED=scales is not None,
+        WHOLE=c % tile.k == 0, TAPS=taps, STRIDE=stride, UP=up, **tile.constants, TOGETHER=TOGETHER,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return y
@@ -200,23 +209,6 @@ def accepts_upsample(x: Tensor, folded: Tensor, bias: Tensor | None = None) -> b
 upsample.accepts = accepts_upsample  # type: ignore[attr-defined]
 
 
-def reference(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    shift: Tensor | None = None,
-    residual: Tensor | None = None,
-    stride: int = 1,
-    padding: int = 1,
-) -> Tensor:
-    """What `conv` means: x [b, c, h, w], weight [o, c, 3, 3], bias [o], shift [b, o, 1, 1], residual like the result
-    [b, o, h / stride, w / stride], halves rounded up."""
-    y = F.conv2d(x, weight, bias, stride, padding)
-    if shift is not None:
-        y = y + shift
-    return y if residual is None else y + residual
-
-
 def conv(
     x: Tensor,
     weight: Tensor,
@@ -272,11 +264,18 @@ def builds() -> list[Build]:
     }
     for dtype in FLOATS:
         t = name_of(dtype)
-        pointers = dict.fromkeys(("x", "weight", "bias", "shift", "residual", "y"), f"*{t}")
+        pointers = dict.fromkeys(("x", "weight", "bias", "shift", "residual", "y", "scale_x", "scale_w"), f"*{t}")
         for kind, (shift, residual, taps, stride, up) in kinds.items():
             for tile in FULL if dtype == torch.float32 else HALF:
-                constants: dict[str, Any] = {"BIAS": True, "SHIFT": shift, "RESIDUAL": residual, "WHOLE": True}
-                constants |= {"TAPS": taps, "STRIDE": stride, "UP": up, **tile.constants, "TOGETHER": TOGETHER}
+                constants: dict[str, Any] = {"BIAS": True, "SHIFT": shift, "RESIDUAL": residual, "SCALED": False}
+                constants |= {
+                    "WHOLE": True,
+                    "TAPS": taps,
+                    "STRIDE": stride,
+                    "UP": up,
+                    **tile.constants,
+                    "TOGETHER": TOGETHER,
+                }
                 wgmma = () if dtype == torch.float32 else ("wgmma.mma_async",)
                 odd = ["b", "h", "w", "height", "width"]
                 how = {"warps": tile.warps, "stages": tile.stages, "odd": odd, "expects": wgmma}

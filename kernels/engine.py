@@ -24,9 +24,10 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from sdcore.kernels import fused
+from sdcore.kernels import fused, merging, quantised
 from sdcore.kernels.fused import weight_of
 from sdcore.kernels.lossy import DeepCache
+from sdcore.kernels.products import PYTORCH, Products, where_accepted
 from torch import Tensor, nn
 
 from sdcore import lora, ops
@@ -46,17 +47,22 @@ __all__ = ["Accelerated", "accelerate", "weight_of"]
 Operations = Mapping[str, Callable]
 
 
-def accelerate(pipe: Pipeline, kernels: str = "measured", *, deep_every: int = 1) -> "Accelerated":
+def accelerate(
+    pipe: Pipeline, kernels: str = "measured", *, deep_every: int = 1, fp8: bool = False, merge: float = 0.0
+) -> "Accelerated":
     """A pipeline of the same parts, with the same call and the same pictures, that draws faster.
 
     `pipe` stays as it is and may be used beside it; adapters attached to either are attached to both. Memory: a second copy of
-    the convolutions, on a CPU 16/9 of them. `kernels` says what runs the operations of `sdcore.ops`: "triton", "torch", or, on
-    CUDA, whichever is "measured" to be faster.
+    the convolutions, on a CPU 16/9 of them. `kernels` says what runs the operations of `sdcore.ops` and the products with
+    weights: "triton", "torch", or, on CUDA, whichever is "measured" to be faster.
 
-    Lossy, other pictures: `deep_every` above 1 runs the deep levels of the UNet at every so many steps only (lossy.py).
+    Lossy, other pictures: `deep_every` above 1 runs the deep levels of the UNet at every so many steps only (lossy.py); `fp8`
+    multiplies in 8-bit floating point, which a CPU emulates and does not do any faster (quantised.py); `merge` is the share of
+    tokens that are merged before the self-attentions of the highest resolution, 0 to 0.75 (merging.py).
 
     Raises ConfigError for a pipeline that offloads its parts, for kernels that are unknown or cannot run on the pipeline's
-    device, and for a `deep_every` that is no whole number from 1.
+    device, for a `deep_every` that is no whole number from 1, for `fp8` on a GPU that does not multiply it, and for a `merge`
+    outside its range.
     """
     if pipe.offload:
         raise ConfigError(
@@ -64,29 +70,47 @@ def accelerate(pipe: Pipeline, kernels: str = "measured", *, deep_every: int = 1
         )
     if isinstance(deep_every, bool) or not isinstance(deep_every, int) or deep_every < 1:
         raise ConfigError(f"deep_every: expected a whole number from 1, found {deep_every!r:.80}")
+    if not 0 <= merge <= merging.MOST:
+        raise ConfigError(f"merge: expected a share from 0 to {merging.MOST}, found {merge!r:.80}")
+    on_gpu = pipe.device.type == "cuda"
+    if fp8 and on_gpu and torch.cuda.get_device_capability(pipe.device) < (8, 9):
+        raise ConfigError("fp8: this GPU does not multiply 8-bit floating point; Ada (8.9) and later do")
     parts = {f.name: getattr(pipe, f.name) for f in fields(Pipeline)}
     half = weight_of(pipe.unet.conv_in).dtype != torch.float32
-    if pipe.device.type == "cuda" and half and weight_of(pipe.vae.decoder.conv_in).dtype != torch.bfloat16:
+    if on_gpu and half and weight_of(pipe.vae.decoder.conv_in).dtype != torch.bfloat16:
         parts["vae"] = copy.deepcopy(pipe.vae).to(torch.bfloat16)  # fp16 overflows in some decoders, fp32 is slow
-    return Accelerated(**parts, operations=operations(kernels, pipe.device), deep_every=deep_every)
+    runs, multiplies = operations(kernels, pipe.device), products(kernels, pipe.device)
+    if fp8:
+        multiplies = lossy_products(kernels, pipe.device, multiplies)
+    return Accelerated(**parts, operations=runs, products=multiplies, deep_every=deep_every, merge=merge)
 
 
-def operations(kernels: str, device: torch.device) -> Operations:
-    """What `ops.using` is given: nothing for "torch", the kernels for "triton", a `Choice` of all for "measured" on CUDA.
+def who(kernels: str, device: torch.device) -> str:
+    """Who runs things: "torch", "triton" or, on CUDA, "measured".
 
     Raises ConfigError for another name, and for "triton" where Triton cannot run.
     """
     if kernels not in ("measured", "triton", "torch"):
         raise ConfigError(f"kernels: expected measured, triton or torch, found {kernels!r:.80}")
     if kernels == "torch" or (kernels == "measured" and device.type != "cuda"):
-        return {}
-    from sdcore.kernels import KERNELS, common, for_ops
+        return "torch"
+    from sdcore.kernels import common
 
     if device.type != "cuda" and not common.INTERPRETED:
         raise ConfigError(
             f"kernels: triton needs an NVIDIA GPU, the model is on {device.type}; use torch, or leave it out"
         )
-    if kernels == "triton":
+    return kernels
+
+
+def operations(kernels: str, device: torch.device) -> Operations:
+    """What `ops.using` is given: nothing for "torch", the kernels for "triton", a `Choice` of all for "measured"; see `who`."""
+    by = who(kernels, device)
+    if by == "torch":
+        return {}
+    from sdcore.kernels import KERNELS, for_ops
+
+    if by == "triton":
         return for_ops()
     from sdcore.kernels.choice import Choice, sdpa_with
     from torch.nn.attention import SDPBackend
@@ -100,26 +124,72 @@ def operations(kernels: str, device: torch.device) -> Operations:
     }
 
 
+def products(kernels: str, device: torch.device) -> Products:
+    """What runs products with weights, and what follows them: PyTorch, kernels, or a `Choice` of both; see `who`."""
+    by = who(kernels, device)
+    if by == "torch":
+        return PYTORCH
+    from sdcore.kernels import conv, gemm
+
+    ours = {"linear": gemm.gemm, "conv": conv.conv, "upsample": conv.upsample}
+    if by == "triton":
+        run = {name: where_accepted(kernel, getattr(PYTORCH, name)) for name, kernel in ours.items()}
+    else:
+        from sdcore.kernels.choice import Choice
+
+        run = {name: Choice(name, {"kernel": ours[name], "torch": getattr(PYTORCH, name)}) for name in ours}
+    return Products(**run, winograd=False)  # type: ignore[arg-type]
+
+
+def lossy_products(kernels: str, device: torch.device, exact: Products) -> Products:
+    """The products in fp8: by its definition, which a CPU can run, by kernels, or by a `Choice` that has cuBLAS too."""
+    by, linear, conv = who(kernels, device), quantised.linear, quantised.convolve
+    if by != "torch":
+        from sdcore.kernels import fp8
+
+        if by == "triton":
+            linear, conv = where_accepted(fp8.fp8_linear, linear), where_accepted(fp8.fp8_conv, conv)
+        else:
+            from sdcore.kernels.choice import Choice
+
+            linear = Choice("fp8_linear", {"kernel": fp8.fp8_linear, "scaled_mm": fp8.scaled_mm, "torch": linear})
+            conv = Choice("fp8_conv", {"kernel": fp8.fp8_conv, "torch": conv})
+    lossy = quantised.Lossy(linear, conv)
+    return Products(
+        lossy.linear, lossy.conv, exact.upsample, quantised.keep, winograd=False, asks=(linear, conv), spares=exact
+    )
+
+
 @dataclass
 class Accelerated(Pipeline):
     """What `accelerate` gives: a `Pipeline` in every respect, that draws with the mirrors of its models."""
 
     operations: Operations = field(default_factory=dict, repr=False)
+    products: Products = PYTORCH
     deep_every: int = 1
+    merge: float = 0.0
     mirrors: dict[int, "Mirror"] = field(default_factory=dict, repr=False)  # id of a model -> its mirror
 
     def mirror(self, model: nn.Module) -> "Mirror":
         """The fast twin of one of the models, up to date with its weights and adapters."""
         if id(model) not in self.mirrors:
-            self.mirrors[id(model)] = Mirror(model, fused.mirror(model), self.operations)
+            self.mirrors[id(model)] = Mirror(model, self.twin(model), self.operations)
         self.mirrors[id(model)].refresh()
         return self.mirrors[id(model)]
+
+    def twin(self, model: nn.Module) -> nn.Module:
+        """The fast twin of a model; what is lossy acts on the UNet alone."""
+        if not isinstance(model, UNet):
+            return fused.mirror(model, fused.replacement(self.products.exact))
+        twin = fused.mirror(model, fused.replacement(self.products))
+        return merging.merging(twin, self.merge) if self.merge else twin  # type: ignore[arg-type]
 
     def table(self) -> str:
         """What was measured so far for the choice between implementations, a line a shape; empty on a CPU."""
         from sdcore.kernels import choice
 
-        return choice.table(run for run in self.operations.values() if isinstance(run, choice.Choice))
+        asked = (*self.operations.values(), *self.products.exact.runs, *self.products.runs)
+        return choice.table(run for run in dict.fromkeys(asked) if isinstance(run, choice.Choice))
 
     def steps(self, *args: Any, **options: Any) -> Run:
         """As `Pipeline.steps`."""
@@ -252,9 +322,12 @@ class FastNetwork(Network):
                     self.times[id(net), i] = own
 
     def follow(self, i: int) -> bool:
-        """Set the strengths of step i. True where adapters have changed since, here or by the user: then what was worked out
-        for this and later steps is worked out anew, and graphs captured before are gone."""
+        """Set the strengths of step i. True where adapters have changed since, here or by the user, or before the first step the
+        weights themselves: then what was worked out for this and later steps is worked out anew, and graphs captured before
+        are gone."""
         lora.at_step(self.unet, i / len(self.way))
+        if i == 0:
+            self.mirror.refresh()
         if self.state is self.mirror.state and self.state.version == lora.version(self.unet):
             return False
         self.work_out(range(i, len(self.way)))

@@ -23,13 +23,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
-from sdcore.kernels import geglu
+from sdcore.kernels import geglu, products
 from sdcore.kernels.common import FLOATS, Build, build, can_run, dot, empty, name_of, row_stride
 from torch import Tensor
 
+reference = products.linear  # what `gemm` means
 TOGETHER = 8  # rows of tiles that are walked column by column
 
 
@@ -75,11 +75,12 @@ def tile_of(program, m, n, M: tl.constexpr, N: tl.constexpr, TOGETHER: tl.conste
 
 @triton.jit
 def gemm_forward(
-    x, weight, bias, residual, y, m, n, k, stride_x, stride_residual,
-    BIAS: tl.constexpr, RESIDUAL: tl.constexpr, GATED: tl.constexpr, WHOLE: tl.constexpr,
+    x, weight, bias, residual, y, scale_x, scale_w, m, n, k, stride_x, stride_residual,
+    BIAS: tl.constexpr, RESIDUAL: tl.constexpr, GATED: tl.constexpr, SCALED: tl.constexpr, WHOLE: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
-    """One tile of y. WHOLE says that K divides k, so that no load along it needs a mask."""
+    """One tile of y. WHOLE says that K divides k, so that no load along it needs a mask. SCALED: x and weight are codes, to be
+    multiplied by a number a row (fp8.py)."""
     down, across = tile_of(tl.program_id(0), m, n, M, N, TOGETHER)
     row, column, depth = down * M + tl.arange(0, M), across * N + tl.arange(0, N), tl.arange(0, K)
     # Rows and columns beyond the end begin again at the front: their products are never stored, and no mask is needed.
@@ -101,6 +102,8 @@ def gemm_forward(
             g_at += K
         x_at += K
         w_at += K
+    if SCALED:
+        value *= tl.load(scale_x + row, row < m, 0.0)[:, None] * tl.load(scale_w + column, column < n, 0.0)[None, :]
     if BIAS:
         value += tl.load(bias + column, column < n, 0.0).to(tl.float32)[None, :]
         if GATED:
@@ -152,9 +155,9 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | N
     tile = choose(m, n, held_by(x, tiles(x.dtype, gated)), processors_of(x))
     grid = (triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n),)
     gemm_forward[grid](
-        x, weight, weight if bias is None else bias, y if residual is None else residual, y, m, n, k, row_stride(x),
+        x, weight, weight if bias is None else bias, y if residual is None else residual, y, y, y, m, n, k, row_stride(x),
         n if residual is None else row_stride(residual),
-        BIAS=bias is not None, RESIDUAL=residual is not None, GATED=gated, WHOLE=k % tile.k == 0,
+        BIAS=bias is not None, RESIDUAL=residual is not None, GATED=gated, SCALED=False, WHOLE=k % tile.k == 0,
         **tile.constants, TOGETHER=TOGETHER, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return y
@@ -187,20 +190,6 @@ def differentiate(ctx, dy):
 
 
 forward.register_autograd(differentiate, setup_context=keep)
-
-
-def reference(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None, gated: bool = False
-) -> Tensor:
-    """What `gemm` means.
-
-    x [..., k], weight [n, k], bias [n], residual [..., n] -> [..., n]; gated: weight [2 n, k] and bias [2 n], values first.
-    """
-    y = F.linear(x, weight, bias)
-    if gated:
-        value, gate = y.chunk(2, dim=-1)
-        y = value * F.gelu(gate)
-    return y if residual is None else y + residual
 
 
 def gemm(
@@ -238,7 +227,7 @@ def builds() -> list[Build]:
     found = []
     for dtype in FLOATS:
         t = name_of(dtype)
-        pointers = dict.fromkeys(("x", "weight", "bias", "residual", "y"), f"*{t}")
+        pointers = dict.fromkeys(("x", "weight", "bias", "residual", "y", "scale_x", "scale_w"), f"*{t}")
         for bias, residual, gated in (
             (False, False, False),
             (True, False, False),
@@ -247,8 +236,8 @@ def builds() -> list[Build]:
         ):
             for tile in tiles(dtype, gated):
                 name = f"gemm {t}{' bias' * bias}{' residual' * residual}{' gated' * gated} {tile.m}x{tile.n}x{tile.k}"
-                constants: dict[str, Any] = {"BIAS": bias, "RESIDUAL": residual, "GATED": gated, "WHOLE": True}
-                constants |= {**tile.constants, "TOGETHER": TOGETHER}
+                constants: dict[str, Any] = {"BIAS": bias, "RESIDUAL": residual, "GATED": gated, "SCALED": False}
+                constants |= {"WHOLE": True, **tile.constants, "TOGETHER": TOGETHER}
                 wgmma = () if dtype == torch.float32 else ("wgmma.mma_async",)
                 how = {"warps": tile.warps, "stages": tile.stages, "odd": ["m"], "expects": wgmma, "least": tile.least}
                 found.append(build(name, gemm_forward, constants, **how, **pointers))

@@ -30,7 +30,7 @@ PARTS = ("attention", "norms", "unet", "unet-xl", "pipeline", "train")
 OF = {
     "attention": ("attention",),
     "norms": ("group_norm_silu", "layer_norm", "geglu", "add_layer_norm", "group_norm", "guidance_step", "upsample_conv",
-              "gemm", "conv", "lora_linear"),
+              "gemm", "conv", "lora_linear", "fp8_linear", "fp8_conv"),
 }  # fmt: skip
 MINUTES = 8.5  # a part
 PROOF = 3.5  # of these, at most, before anything is measured

@@ -7,8 +7,8 @@ dot-product attention, xformers and flash-attn where they are installed. They ar
 Legend: as in `shapes`.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from einops import rearrange
 from sdcore.kernels import KERNELS, shapes
+from sdcore.kernels.quantised import keep
 from sdcore.kernels.shapes import RANK, Call, Conv, Draw, Inputs, Linear
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -44,6 +45,7 @@ class Subject:
     prepare: Callable[..., Inputs] | None = None  # what is done once a model, not once a call, to a kernel's arguments
     trains: bool = True  # has a backward worth timing
     by: str = "sdcore"  # whose kernel
+    others: Mapping[str, Function] = field(default_factory=dict)  # rivals beside those that are found for the kind
 
     def rows(self, model: str | None = None) -> Iterator[Call]:
         """Its shapes, those of one model where that is given, the ones with the most work first."""
@@ -71,7 +73,7 @@ class Subject:
         if self.kind == "attention":
             found |= {f"sdpa {b.name.lower().removesuffix('_attention')}": partial(sdpa, b) for b in BACKENDS}
             found |= {name: call for name, call in LIBRARIES.items() if find_spec(name)}
-        return found
+        return {**found, **self.others}
 
 
 def compiled(function: Function) -> Function:
@@ -163,6 +165,13 @@ def with_epilogue(draw: Draw, x: Tensor, weight: Tensor, bias: Tensor | None) ->
     return {"x": x, "weight": weight, "bias": bias, "residual": residual, "gated": gated}
 
 
+def with_codes(draw: Draw, x: Tensor, weight: Tensor, bias: Tensor | None, **given: Any) -> Inputs:
+    """A layer whose weight is coded in fp8; a convolution's padding goes without saying."""
+    codes, scale = keep(weight)
+    given.pop("padding", None)
+    return {"x": x, "codes": codes, "scale": scale, "bias": bias, **given}
+
+
 def with_adapter(draw: Draw, x: Tensor, weight: Tensor, bias: Tensor | None) -> Inputs:
     """A linear layer with a low-rank adapter."""
     down, up = draw.weight(RANK, weight.shape[1]), draw.weight(len(weight), RANK)
@@ -193,7 +202,12 @@ def implicit(shape: Conv) -> bool:
 
 def reference_of(file: str) -> Function:
     """The definition that stands in a kernel's own file, where there is no such operation in `sdcore.ops`."""
-    return import_module(f"sdcore.kernels.{file}").reference
+    return kernel_file(file).reference
+
+
+def kernel_file(name: str) -> Any:
+    """A file of this package, imported when its subject is asked for."""
+    return import_module(f"sdcore.kernels.{name}")
 
 
 def _for_op(name: str) -> Subject:
@@ -232,6 +246,18 @@ def _upsample_conv() -> Subject:
     return Subject("upsample_conv", "upsample_conv", whole, reference, prepare=folded)
 
 
+def _fp8_linear() -> Subject:
+    definition, others = kernel_file("quantised").linear, {"scaled_mm": kernel_file("fp8").scaled_mm}
+    return Subject(
+        "fp8_linear", "linear", KERNELS["fp8_linear"], definition, has_tokens, with_codes, trains=False, others=others
+    )
+
+
+def _fp8_conv() -> Subject:
+    definition = kernel_file("quantised").convolve
+    return Subject("fp8_conv", "conv", KERNELS["fp8_conv"], definition, implicit, with_codes, trains=False)
+
+
 def _guidance_step() -> Subject:
     kernel, reference = KERNELS["guidance_step"], reference_of("guidance_step")
     return Subject("guidance_step", "guidance_step", kernel, reference, trains=False)
@@ -249,6 +275,8 @@ SUBJECTS: dict[str, Callable[[], Subject]] = {
     "conv": _conv,
     "upsample_conv": _upsample_conv,
     "guidance_step": _guidance_step,
+    "fp8_linear": _fp8_linear,
+    "fp8_conv": _fp8_conv,
 }
 
 

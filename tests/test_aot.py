@@ -105,6 +105,26 @@ def test_the_report_says_what_is_wrong(tmp_path):
     assert (tmp_path / "page.md").read_text() == text and len(list(tmp_path.iterdir())) == 1
 
 
+def test_a_part_is_added_to_a_report(tmp_path):
+    """Rows of the same file and build are replaced, all others stay as they are, sums are of the whole."""
+    geglu = Compiled("geglu", "geglu forward", 90, 32, 0, 2048, {})
+    bad = replace(geglu, arch=80, spills=7, faults=["spills: 7 instructions to local memory"])
+    gemm = Compiled("gemm", "gemm bf16", 90, 160, 0, 4096, {"HGMMA": 4})
+    page = tmp_path / "page.md"
+    aot.write_report([geglu, bad], page)
+    aot.write_report([gemm], page, add=True)
+    text = page.read_text()
+    assert "3 builds, 1 at fault" in text and "sm_80 geglu forward: spills: 7" in text
+    assert all(row in text for table in aot.rows(aot.report([geglu, bad])) for row in table.values())
+    assert "| gemm bf16 | 160 | 4.0 KiB | 4 HGMMA |" in text and "gemm: `sdcore bench compile`" in text
+    aot.write_report([replace(geglu, registers=40), replace(bad, spills=0, faults=[])], page, add=True)
+    text = page.read_text()
+    assert "3 builds, 0 at fault" in text and "| geglu forward | 40 |" in text and "At fault" not in text
+    assert text.count("geglu forward") == 1 and text.count("| gemm | sm_90 |") == 1 and text.count(", commit ") == 3
+    aot.write_report([gemm], page)
+    assert page.read_text() == aot.report([gemm])
+
+
 def test_the_command(monkeypatch, capsys):
     """One line a build and, with --json, the document; 1 where a build is at fault, 2 for a file that is none."""
     builds = [greedy_build(1024)]

@@ -25,6 +25,7 @@ from tests.interpreted import DEVICE, interpreted, run_in_interpreter
 
 test_in_the_interpreter = run_in_interpreter(__file__)
 FROZEN = {"row"}  # numbers of a sampler: no gradient is defined for them
+FOR_DRAWING = {"fp8_linear", "fp8_conv"}  # codes have no gradient
 
 
 def parities(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -70,7 +71,8 @@ def test_outputs_and_gradients(name, shape, dtype):
         pytest.skip("left to PyTorch: see `attention.accepts`")
     alone = isinstance(shape, Attention) and shape.k == 1  # scores that decide nothing: q and k hear only rounding
     for key, x in inputs.items():
-        if isinstance(x, torch.Tensor) and key not in FROZEN and not (alone and key in "qk"):
+        trained = isinstance(x, torch.Tensor) and key not in FROZEN and name not in FOR_DRAWING
+        if trained and not (alone and key in "qk"):
             x.requires_grad_()
     verdict = Case(one.reference, inputs).judge(one.kernel)
     assert verdict.right, verdict.why
