@@ -192,8 +192,9 @@ def preference(winner: Tensor, loser: Tensor, beta: float) -> Tensor:
 
 
 def errors(noisy: Noisy, found: Tensor) -> Tensor:
-    """The mean squared error of each example [n], weighed by its timestep."""
-    return noisy.weights * objectives.squared(found.float(), noisy.wanted).mean(dim=(1, 2, 3))
+    """The mean squared error of each example [n], weighed by its timestep; in fp32 at least."""
+    found = found.to(torch.promote_types(found.dtype, torch.float32))
+    return noisy.weights * objectives.squared(found, noisy.wanted).mean(dim=(1, 2, 3))
 
 
 def both(one: Noisy, other: Noisy) -> Noisy:
@@ -343,9 +344,11 @@ class DPO(Twin):
             handles = []
             for i in tqdm(range(0, len(texts), o.batch), "drawing pairs", disable=None):
                 now = range(i, min(i + o.batch, len(texts)))
-                if missing := [k for k in now if not (folder / names[k]).exists()]:
-                    drawn = self.sampled([texts[k] for k in missing], [DRAWN * (o.seed + 1) + k for k in missing])
-                    for k, picture in zip(missing, drawn, strict=True):
+                if not all(
+                    (folder / names[k]).exists() for k in now
+                ):  # whole batches, whose last bits are the same again
+                    drawn = self.sampled([texts[k] for k in now], [DRAWN * (o.seed + 1) + k for k in now])
+                    for k, picture in zip(now, drawn, strict=True):
                         picture.save(folder / names[k])
                 shown = image.to_unit([image.open_picture(folder / names[k]) for k in now])
                 handles.append(rewards.submit(shown, [texts[k] for k in now]))

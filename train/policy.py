@@ -29,11 +29,11 @@ from sdcore.pipeline import Pipeline
 from sdcore.samplers import Denoise, Noise, Step, make_steps
 from sdcore.voices import Conditions, zeroed
 
-from . import guards, rewards, world
+from . import guards, rewards
 from .caches import fingerprint
 from .lora import ChangeOptions, LoRA
 from .options import option
-from .prompts import prompts
+from .prompts import LISTS, prompts
 from .task import LoopOptions, Task, generator
 from .tuning import encode
 from .twin import write_model
@@ -82,20 +82,6 @@ class PolicyOptions(ChangeOptions, LoopOptions):
 
 # ------------------------------------------------------------------------------------------------------------------ the prompts
 
-ANIMALS = (
-    "ant bat bear bee beetle bird butterfly camel cat chicken cow deer dog dolphin duck fish fly fox frog goat goose gorilla "
-    "hedgehog horse kangaroo lion lizard llama monkey mouse pig rabbit raccoon rat shark sheep snake spider squirrel tiger "
-    "turkey turtle whale wolf zebra"
-).split()  # the 45 of DDPO's aesthetic task
-OTHERS = "badger crab elephant giraffe lobster otter owl penguin snail swan walrus yak".split()
-ACTIVITIES = ("washing the dishes", "riding a bike", "playing chess")
-LISTS = {
-    "mountain": ["a mountain with a flying bird"],  # what the chapter's notebook draws
-    "animals": ANIMALS,
-    "animals-held-out": OTHERS,
-    "activities": [f"{world.article(animal)} {animal} {doing}" for animal in ANIMALS for doing in ACTIVITIES],
-    "activities-held-out": [f"{world.article(animal)} {animal} {doing}" for animal in OTHERS for doing in ACTIVITIES],
-}
 WORLD = 512  # prompts of the bundled world to learn from
 TRAINED, WATCHED = 30_000, 31_000  # seeds of its prompts; train/judge.py asks for those of 20,000
 

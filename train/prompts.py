@@ -1,4 +1,4 @@
-"""Where the prompts come from that a model is rewarded on: a file, or the bundled model's world.
+"""Where the prompts come from that a model is rewarded on: a file, a list that others used, or the bundled model's world.
 
 prompts("prompts.txt", 64, seed=0)      # a prompt a line; all of them, shuffled, then all again
 prompts("world:two", 64, seed=0)        # captions of two things that training may show: never a held-out combination
@@ -16,6 +16,20 @@ from sdcore.errors import ConfigError, TrainingError
 from . import world
 from .task import generator
 
+ANIMALS = (
+    "ant bat bear bee beetle bird butterfly camel cat chicken cow deer dog dolphin duck fish fly fox frog goat goose gorilla "
+    "hedgehog horse kangaroo lion lizard llama monkey mouse pig rabbit raccoon rat shark sheep snake spider squirrel tiger "
+    "turkey turtle whale wolf zebra"
+).split()  # the 45 of DDPO's aesthetic task
+OTHERS = "badger crab elephant giraffe lobster otter owl penguin snail swan walrus yak".split()
+ACTIVITIES = ("washing the dishes", "riding a bike", "playing chess")
+LISTS = {
+    "mountain": ["a mountain with a flying bird"],  # what the chapter's notebook draws
+    "animals": ANIMALS,
+    "animals-held-out": OTHERS,
+    "activities": [f"{world.article(animal)} {animal} {doing}" for animal in ANIMALS for doing in ACTIVITIES],
+    "activities-held-out": [f"{world.article(animal)} {animal} {doing}" for animal in OTHERS for doing in ACTIVITIES],
+}
 COUNTS = {"": (1, 2), ":one": (1,), ":two": (2,)}  # of things, taken in turn
 
 
@@ -26,17 +40,24 @@ def prompts(source: str, n: int, seed: int) -> list[str]:
         if colon + kind not in COUNTS:
             raise ConfigError(f"prompts {source}: expected {name}, {name}:one or {name}:two")
         return of_world(COUNTS[colon + kind], n, seed, held_out=name == "held-out")
-    path = Path(source)
-    if not path.is_file():
-        raise TrainingError(f"prompts {source}: no such file; name one with a prompt a line, or world, or held-out")
-    lines = [line.strip() for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
-    if not lines:
-        raise TrainingError(f"prompts {source}: holds no prompt")
+    lines = LISTS.get(source) or read_lines(Path(source))
     rounds = (torch.randperm(len(lines), generator=generator(seed, k, 14)).tolist() for k in count())
     found: list[str] = []
     while len(found) < n:
         found += [lines[i] for i in next(rounds)]
     return found[:n]
+
+
+def read_lines(path: Path) -> list[str]:
+    """The prompts of a file. TrainingError."""
+    if not path.is_file():
+        raise TrainingError(
+            f"prompts {path}: no such file; name one with a prompt a line, {', '.join(LISTS)}, world or held-out"
+        )
+    lines = [line.strip() for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
+    if not lines:
+        raise TrainingError(f"prompts {path}: holds no prompt")
+    return lines
 
 
 def of_world(counts: tuple[int, ...], n: int, seed: int, held_out: bool) -> list[str]:

@@ -5,7 +5,6 @@
 
     compressibility, incompressibility      minus, plus the kB of the picture as a JPEG of quality 95
     checker, checker:all                    the bundled world's exact checker: share right of what the prompt says; 1 if all is
-    proxy[:FILE]                            a small network that reads the world's pictures, with gradients (train/proxy.py)
     aesthetic:CLIP,HEAD                     the LAION aesthetic predictor, with gradients (train/clip_rewards.py, and the next)
     clip:CLIP                               cosine of picture and prompt, with gradients
     pick:CLIP                               logit scale times that cosine, as PickScore, with gradients
@@ -226,7 +225,7 @@ MAKERS: dict[str, Callable[[str, Path, str | torch.device], Reward]] = {  # what
     "hps": hps,
     "ask": ask,
 }
-ALONE = ("compressibility", "incompressibility", "checker", "proxy", "people")  # need nothing behind a colon
+ALONE = ("compressibility", "incompressibility", "checker", "people")  # need nothing behind a colon
 # A mix is cut at a plus behind which a reward begins, for file names have pluses too.
 BEGIN = r"(?:-?[\d.]+(?:e-?\d+)?\*)?"
 CUT = rf"\+(?={BEGIN}(?:(?:{'|'.join(ALONE)})(?:[+:]|$)|(?:{'|'.join(MAKERS)}):|https?://|[\w./-]+\.py(?:\+|$)))"
