@@ -7,10 +7,13 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import pytest
 import torch
-from sdcore.train import loop, tuning, world
+from PIL import Image
+from sdcore.train import chapter, follow, judge, lessons, loop, tuning, world
+from sdcore.train.checkpoints import sha256
 from sdcore.train.control_lora import factors
 from sdcore.train.controlnet import ControlNetOptions, TrainControlNet
 from sdcore.train.edges import edge_f1
@@ -19,9 +22,13 @@ from sdcore.weights import files
 from sdcore.weights.controls import load_control
 
 import sdcore
-from sdcore.controlnet import ControlNet
+from sdcore import image
+from sdcore.canny import canny
+from sdcore.cli import main
+from sdcore.controlnet import Control, ControlNet
 from sdcore.errors import ConfigError
 from sdcore.image import open_picture
+from tests.test_cli_pictures import commands
 from tests.test_train import final
 
 TINY = Path(__file__).parents[1] / "weights" / "tiny"
@@ -78,6 +85,7 @@ def test_edge_f1_is_its_definition():
     moved = [edge_f1(np.roll(line, k, 1), line) for k in (0, 1, -1, 2)]
     assert moved == [1.0, 1.0, 1.0, 0.0] and edge_f1(np.zeros_like(line), np.zeros_like(line)) == 1.0
     assert edge_f1(line, np.zeros_like(line)) == edge_f1(np.zeros_like(line), line) == 0.0
+    assert edge_f1(line // 255, line) == 1.0  # whatever is not 0
     half = line.copy()
     half[8:] = 0  # of eight rows that are found, one more is met below the end
     assert edge_f1(half, line) == pytest.approx(2 * (9 / 16) / (1 + 9 / 16))
@@ -90,10 +98,11 @@ def test_a_folder_of_the_world_is_pictures_with_captions(place):
         scene = world.training_scene(rng)
         texts = [world.caption(scene, rng) for _ in range(4)]
         assert path.with_suffix(".txt").read_text().splitlines() == texts
-        assert np.array_equal(open_picture(path).pixels, world.levels(world.draw(scene)))
+        wanted = (world.draw(scene).transpose(1, 2, 0) + 1) * 127.5
+        assert np.abs(open_picture(path).pixels - wanted).max() <= 0.5001
     assert len(paths) == 6
-    for text in (path.read_text().strip() for path in (place / "unseen").glob("*.txt")):
-        assert world.held_out(world.parse(text))
+    unseen = [path.with_suffix(".txt").read_text() for path in sorted((place / "unseen").glob("*.png"))]
+    assert unseen == [f"{text}\n" for text, _ in world.held_out_scenes(2, 2)]
 
 
 # -------------------------------------------------------------------------------------------------------------------- judgement
@@ -110,8 +119,11 @@ def test_a_run_is_judged_by_what_it_draws_along_edges(place, pipe):
     controls = [task.control(task.held_out.visit(i, 0, 0)) for i in range(2)]
     for i, control in enumerate(controls):
         assert np.array_equal(task.drawn(i, control).pixels, task.uncontrolled[i].pixels)
-    edges = [edge_f1(255 * c[0].numpy(), 255 * c[0].numpy()) for c in controls]
-    assert edges == [1.0, 1.0] and begun["edge_f1"] == begun["edge_f1_uncontrolled"] < 1
+    assert (task.net.config.depths, task.net.config.mid_depth) == ((1, 0), 0)
+    text = task.held_out.items[1].captions[0]
+    plain = pipe(text, seed=1, steps=25, guidance=3.0).images[0]
+    assert np.array_equal(task.uncontrolled[1].pixels, plain.pixels)
+    assert begun["edge_f1"] == begun["edge_f1_uncontrolled"] < 1
     true = [open_picture(item.path) for item in task.held_out.items]
     assert task.follows(true, controls) == 1.0  # the pictures that the controls were made of
     for path in out.rglob("*"):
@@ -122,11 +134,16 @@ def test_a_run_is_judged_by_what_it_draws_along_edges(place, pipe):
     figures = [line for line in lines if line.get("event") == "evaluated"]
     assert [line["step"] for line in figures] == [2]
     assert all(line["edge_f1_uncontrolled"] == begun["edge_f1_uncontrolled"] for line in figures)
-    assert not np.array_equal(task.drawn(0, controls[0]).pixels, task.uncontrolled[0].pixels)
+    drawn = task.drawn(0, controls[0]).pixels
+    assert not np.array_equal(drawn, task.uncontrolled[0].pixels)
     sheet = open_picture(out / "samples/controls-00000002.png").pixels
     assert sheet.shape[1] // 64 == 3 and sheet.shape[0] // 64 == 2
     white = (sheet[:64, :64] == 255).all(-1)
     assert white.mean() >= controls[0][0].mean() > 0.005  # the control is in the first column
+    row = image.grid(
+        [image.to_pictures(controls[0][None] * 2 - 1)[0], image.Picture(drawn), task.uncontrolled[0]], columns=3
+    )
+    assert np.array_equal(sheet[:64], row.pixels)
 
 
 def test_controls_of_a_folder_serve_validation_too(place, pipe):
@@ -232,3 +249,116 @@ def test_control_loras_that_cannot_be(place, pipe):
     o = replace(options(place), depths=None, mid_depth=None, control_lora=2, dtype="float16")
     with pytest.raises(ConfigError, match="--dtype"):
         TrainControlNet(o, tuning.load(o))
+
+
+# ------------------------------------------------------------------------------------------------------- the bundled ControlNet
+
+
+@pytest.fixture(scope="module")
+def bundled(pipe):
+    return load_control("canny-tiny", pipe)
+
+
+def test_the_bundled_controlnet_is_what_its_version_says(pipe, bundled):
+    folder = TINY / "controlnet"
+    version = json.loads((folder / "version.json").read_text())
+    assert sum(file.stat().st_size for file in folder.iterdir()) <= 3e6
+    assert version["files"] == {name: sha256(folder / name) for name in follow.SHIPPED}
+    assert version["model"] == judge.fingerprint(TINY)["hash"]  # of the model that it was made for
+    with_, without = version["controlled"], version["uncontrolled"]
+    assert with_["edge_f1"] >= 0.75 and without["edge_f1"] <= 0.35
+    assert with_["everything"] >= without["everything"] - 0.05
+    page = (folder / "README.md").read_text()
+    assert follow.card(version) in page and all(digest[:16] in page for digest in version["files"].values())
+    assert isinstance(bundled, ControlNet)
+    stored = files.read(folder / follow.SHIPPED[1]).tensors
+    assert {t.dtype for t in stored.values()} == {torch.float16}
+    assert stored.keys() == bundled.state_dict().keys()
+
+
+def test_what_ships_is_what_was_judged(pipe, bundled, tmp_path):
+    """Written again it is the same file, and its record the same page."""
+    version = json.loads((TINY / "controlnet/version.json").read_text())
+    follow.ship(bundled, tmp_path)
+    assert {name: sha256(tmp_path / name) for name in follow.SHIPPED} == version["files"]
+    figures = {name: version[name] for name in ("controlled", "uncontrolled", "autoencoder", "chance")}
+    follow.record(tmp_path, figures, version["judged"])
+    assert json.loads((tmp_path / "version.json").read_text()) == version
+
+
+def test_prompts_and_controls_stay_together_in_parts(pipe, bundled, monkeypatch):
+    asked = lessons.prompts("class", 3, 70)
+    controls = follow.outlines(world.draw_batch([one.scene for one in asked]))
+    whole = follow.drawn(pipe, asked, bundled, controls)
+    monkeypatch.setattr(judge, "PART", 2)
+    parts = follow.drawn(pipe, asked, bundled, controls)
+    assert np.abs(whole - parts).max() < 0.05 and whole.std() > 0.1
+
+
+def test_the_bundled_controlnet_is_followed(pipe, bundled):
+    found = follow.verdict(pipe, bundled, 8, seed=50)
+    assert found["controlled"]["edge_f1"] >= 0.75 > found["uncontrolled"]["edge_f1"] + 0.25
+    assert found["autoencoder"]["edge_f1"] >= 0.95 and found["chance"]["edge_f1"] <= 0.5
+    assert found["controlled"]["everything"] >= 0.6
+
+
+def test_the_bundled_controlnet_draws_the_same_in_diffusers_and_accelerated(pipe, bundled):
+    net = diffusers.ControlNetModel.from_pretrained(TINY / "controlnet")
+    theirs = diffusers.StableDiffusionControlNetPipeline.from_pretrained(TINY, controlnet=net, safety_checker=None)
+    theirs.set_progress_bar_config(disable=True)
+    asked = lessons.prompts("class", 2, 60)
+    hints, noise = follow.outlines(world.draw_batch([one.scene for one in asked])), torch.randn(2, 4, 8, 8)
+    texts = [one.text for one in asked]
+    want = theirs(
+        texts, image=hints, num_inference_steps=8, guidance_scale=3.0, latents=noise, output_type="np", height=64, width=64
+    ).images  # fmt: skip
+    for one in (pipe, sdcore.accelerate(pipe)):
+        control = [Control(bundled, hints)]
+        found = one(texts, steps=8, guidance=3.0, noise=noise, control=control, emphasis="none").pixels
+        found = (found / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+        assert np.abs(found - want).max() <= 1 / 255
+    plain = pipe(texts, steps=8, guidance=3.0, noise=noise, emphasis="none").pixels
+    assert (
+        plain - pipe(texts, steps=8, guidance=3.0, noise=noise, control=control, emphasis="none").pixels
+    ).abs().max() > 0.2
+
+
+def test_the_commands_of_the_page(tmp_path, monkeypatch):
+    """Those of docs/control.md that use the bundled ControlNet, as they stand there, by its name."""
+    monkeypatch.chdir(tmp_path)
+    scene = world.held_out_scenes(2, 3)[1][1]
+    Image.fromarray(world.levels(world.draw(scene))).save("in.png")
+    mask = np.zeros((64, 64), np.uint8)
+    mask[:, 32:] = 255
+    Image.fromarray(mask).save("mask.png")
+    drawn = []
+    for i, words in enumerate(commands("## Along edges, on the bundled model")):
+        words += ["--steps", "3", "--out", f"{i}.png"] if words[1] == "generate" else []
+        assert main(words[1:]) == 0
+        drawn += [open_picture(f"{i}.png").pixels] if words[1] == "generate" else []
+    assert np.array_equal(open_picture("edges.png").pixels[..., 0], canny(open_picture("in.png").pixels))
+    assert len(drawn) == 3 and len({one.tobytes() for one in drawn}) == 3
+    assert np.array_equal(
+        drawn[2][:, :32], open_picture("in.png").pixels[:, :32]
+    )  # inpainted: the rest stays to the bit
+
+
+@pytest.mark.check
+def test_the_figures_of_the_bundled_controlnet_are_made_again(pipe, bundled):
+    version = json.loads((TINY / "controlnet/version.json").read_text())
+    found = follow.verdict(pipe, bundled, version["judged"]["prompts"], version["judged"]["seed"])
+    for who, figures in found.items():
+        for key, value in figures.items():
+            assert value == pytest.approx(version[who][key], abs=0.01), (who, key)
+
+
+@pytest.mark.check
+def test_training_reaches_the_aims_again(tmp_path):
+    """`make chapter` from nothing: every aim met, in fifteen minutes on two cores; convergence is sudden."""
+    options = chapter.ChapterOptions(out=str(tmp_path), threads=1)
+    result = chapter.go(next(entry for entry in chapter.ENTRIES if entry.name == "controlnet"), options)
+    assert [row for row in result.rows if not row.met] == [] and result.processor <= 15 * 60 * 2
+    log = (tmp_path / "controlnet/canny/log.jsonl").read_text().splitlines()
+    curve = [line["edge_f1"] for line in map(json.loads, log) if "edge_f1" in line]
+    rises = [after - before for before, after in zip(curve, curve[2:], strict=False)]
+    assert max(rises) > 0.5 * (max(curve) - min(curve))  # within 100 of 900 steps

@@ -1,7 +1,7 @@
 """A Control-LoRA: a ControlNet that borrows its matrices from the UNet and learns a LoRA beside each, instead of copies.
 
     net = borrow(ControlNet.from_unet(unet), unet, rank=64, seed=0)     # trains like any ControlNet
-    write_control_lora("control-lora.safetensors", net, factors(net))   # sdcore.weights.controls; `load_control` reads it
+    write("control-lora.safetensors", net)                              # `load_control` reads it
 
 What a ControlNet has of the UNet are matrices (linear layers and convolutions) and, small beside them, biases and norms. Borrowed
 matrices are the UNet's own tensors: they take no memory, no gradient and no room in a checkpoint. Everything else trains in full:
@@ -11,9 +11,11 @@ Source: the released files (stabilityai/control-lora, 2023); Hu et al. 2021 (LoR
 """
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+from sdcore.weights.controls import write_control_lora
 from torch import Tensor, nn
 
 from sdcore.changes import LowRank
@@ -58,3 +60,9 @@ def factors(net: ControlNet) -> dict[str, LowRank]:
         name: layer for name, layer in net.named_modules() if isinstance(getattr(layer, "change", None), Learned)
     }
     return {name: layer.change.change() for name, layer in borrowed.items()}  # type: ignore
+
+
+def write(path: Path, net: ControlNet) -> None:
+    """A Control-LoRA file in the released layout."""
+    own = {name: tensor for name, tensor in net.state_dict().items() if ".change." not in name}
+    write_control_lora(path, net.config, own, factors(net))

@@ -26,7 +26,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from sdcore.weights.controls import write_control, write_control_lora
+from sdcore.weights.controls import write_control
 from torch import Tensor
 
 from sdcore import image
@@ -36,9 +36,9 @@ from sdcore.errors import TrainingError
 from sdcore.image import open_picture
 from sdcore.voices import Conditions
 
+from . import control_lora
 from .caches import Kept
 from .checkpoints import sha256
-from .control_lora import borrow, factors
 from .data import SUFFIXES, Item, Visit, open_visit, seen
 from .edges import edge_f1
 from .loop import run
@@ -91,7 +91,7 @@ class TrainControlNet(Tune):
             torch.manual_seed(self.options.seed)  # the stem begins as random numbers
             self.net = ControlNet.from_unet(self.pipe.unet, **{k: v for k, v in sizes.items() if v is not None})
         if self.options.control_lora:
-            borrow(self.net, self.pipe.unet, self.options.control_lora, self.options.seed)
+            control_lora.borrow(self.net, self.pipe.unet, self.options.control_lora, self.options.seed)
         self.net.float().requires_grad_(True)
         self.modules = {"controlnet": self.net}
 
@@ -191,7 +191,7 @@ class TrainControlNet(Tune):
         """controlnet/, a folder as diffusers has it; or control-lora.safetensors. `--control` and `load_control` take either."""
         assert self.net is not None
         if self.options.control_lora:
-            write_control_lora(out / "control-lora.safetensors", self.net, factors(self.net))
+            control_lora.write(out / "control-lora.safetensors", self.net)
         else:
             write_control(out / "controlnet", self.net)
 

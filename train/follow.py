@@ -15,9 +15,9 @@ Legend: n pictures, H W pixels.
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ import sdcore
 from sdcore.canny import canny
 from sdcore.controlnet import Control, ControlNet
 from sdcore.errors import AdapterError
+from sdcore.image import to_tensor
 from sdcore.pipeline import Pipeline
 
 from . import judge, lessons, world
@@ -63,6 +64,14 @@ class FollowOptions:
     sheet: str | None = option(None, "PNG file for a sheet: control, drawn with it, without")
     ship: str | None = option(None, "folder to write the ControlNet to, in fp16, with verdict and card")
     json: bool = option(False, "print one JSON document instead of the table")
+
+
+def load_net(name: str | Path, pipe: Pipeline) -> ControlNet:
+    """The ControlNet of a name, folder or file. AdapterError: it is another control; other errors as of `load_control`."""
+    net = load_control(name, pipe)
+    if not isinstance(net, ControlNet):
+        raise AdapterError(f"{name}: is no ControlNet; this judges ControlNets that look at canny edges")
+    return net
 
 
 def outlines(pixels: np.ndarray) -> Tensor:
@@ -118,6 +127,35 @@ def verdict(
     return {name: {key: round(value, 4) for key, value in figures.items()} for name, figures in found.items()}
 
 
+@torch.no_grad()
+def tasks(pipe: Pipeline, net: ControlNet, seed: int = 40_000) -> np.ndarray:
+    """What control does to each task, four rows of six pictures [24, 3, H, W] in -1..1.
+
+    A picture of two things; the edges of one in which the second thing is another; that drawn from words along them; the picture
+    drawn over along them; a mask around the second thing; what is painted there along them.
+    """
+    rng = np.random.default_rng(seed)
+    pairs: list[tuple[world.Scene, world.Scene]] = []
+    while len(pairs) < 4:
+        scene, luck = world.training_scene(rng, 2), rng.random(2)
+        shape, colour = world.pick(luck[0], world.SHAPES), world.pick(luck[1], world.COLOURS)
+        other = replace(scene, things=(scene.things[0], replace(scene.things[1], shape=shape, colour=colour)))
+        if shape != scene.things[1].shape and colour != scene.things[1].colour and not world.held_out(other):
+            pairs.append((scene, other))
+    before = torch.from_numpy(world.draw_batch([scene for scene, _ in pairs]))
+    edges = outlines(world.draw_batch([other for _, other in pairs]))
+    masks = torch.zeros(len(pairs), 1, world.SIDE, world.SIDE)
+    for mask, (scene, _) in zip(masks, pairs, strict=True):
+        x, y, r = (int(value) for value in (scene.things[1].x, scene.things[1].y, scene.things[1].r + 4))
+        mask[:, max(y - r, 0) : y + r, max(x - r, 0) : x + r] = 1
+    texts = [world.caption(other) for _, other in pairs]
+    given: dict[str, Any] = {"control": [Control(net, edges)], "seed": [0, 1, 2, 3], **DRAWING}
+    ways: list[dict[str, Any]] = [{}, {"image": before, "strength": 0.8}, {"image": before, "mask": masks}]
+    along, over, within = (to_tensor(pipe(texts, **given, **way).images) for way in ways)
+    shown = [before, edges * 2 - 1, along, over, masks.expand(-1, 3, -1, -1) * 2 - 1, within]
+    return torch.stack(shown, dim=1).flatten(0, 1).numpy()
+
+
 # ---------------------------------------------------------------------------------------------- the chapter's entry, and words
 
 
@@ -133,10 +171,11 @@ def controlnet(shop: "Workshop") -> Result:
         "--warmup 50 --batch 16 --lr 1e-3 --stem 8,16,32,64 --depths 1,0 --mid-depth 0",
     )  # fmt: skip
     shipped = shop.folder / "shipped"
-    ship(load_control(run / "controlnet", shop.base), shipped)  # type: ignore[arg-type]
-    net = load_control(shipped, shop.base)
-    found = verdict(shop.base, net, shop.options.prompts, shop.options.seed, shop.folder / "edges.png")  # type: ignore[arg-type]
+    ship(load_net(run / "controlnet", shop.base), shipped)
+    net = load_net(shipped, shop.base)
+    found = verdict(shop.base, net, shop.options.prompts, shop.options.seed, shop.folder / "edges.png")
     record(shipped, found, {"prompts": shop.options.prompts, "seed": shop.options.seed, **DRAWING})
+    Image.fromarray(world.sheet(tasks(shop.base, net), columns=6, scale=2)).save(shop.folder / "tasks.png")
     draw_curve(run / "log.jsonl", shop.folder / "f1.png", "edge_f1")
     best, base, ceiling, chance = (found[name] for name in ("controlled", "uncontrolled", "autoencoder", "chance"))
     size = (shipped / SHIPPED[1]).stat().st_size / 1e6
@@ -157,6 +196,8 @@ def controlnet(shop: "Workshop") -> Result:
         [
             Sheet("edges.png", "Edges of a true picture, drawn along them, drawn without: "
                   + "; ".join(one.text for one in lessons.prompts("class", 8, shop.options.seed))),
+            Sheet("tasks.png", "A picture; the edges of another; drawn from words along them; drawn over along them; a mask; "
+                  "painted there along them"),
             Sheet("f1.png", "F1 of twelve validation pictures over the steps: for a while nothing, then all at once"),
         ],
     )  # fmt: skip
@@ -195,12 +236,10 @@ def main(argv: list[str] | None = None) -> int:
     options = parse(FollowOptions, words[1:], prog="python -m sdcore.train.follow CONTROLNET")
     torch.set_num_threads(options.threads)
     pipe = sdcore.load("tiny", device="cpu", dtype=torch.float32)
-    net = load_control(words[0], pipe)
-    if not isinstance(net, ControlNet):
-        raise AdapterError(f"{words[0]}: is no ControlNet; this judges ControlNets that look at canny edges")
+    net = load_net(words[0], pipe)
     if options.ship:  # what is judged is what is shipped, rounded as it is
         ship(net, Path(options.ship))
-        net = load_control(options.ship, pipe)  # type: ignore[assignment]
+        net = load_net(options.ship, pipe)
     sheet = Path(options.sheet) if options.sheet else None
     found = verdict(pipe, net, options.prompts, options.seed, sheet)
     if options.ship:

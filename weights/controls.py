@@ -383,18 +383,13 @@ def write_control(folder: str | Path, net: ControlNet, dtype: torch.dtype | None
     files.write(folder / "diffusion_pytorch_model.safetensors", net.state_dict(), {"format": "pt"}, dtype)
 
 
-def write_control_lora(path: str | Path, net: ControlNet, changes: Mapping[str, LowRank]) -> None:
-    """A Control-LoRA in the released layout: .up and .down for the layers of `changes`, every other tensor of `net` as it is.
+def write_control_lora(
+    path: str | Path, config: ControlNetConfig, tensors: Tensors, changes: Mapping[str, LowRank]
+) -> None:
+    """A Control-LoRA in the released layout: a LoRA of scale 1 on each layer of `changes`, every other tensor under our name.
 
-    What stays the base's is not written. CheckpointError where it cannot be written.
+    The matrices of the base are not written. CheckpointError where it cannot be written.
     """
-    own = {name: t for name, t in net.state_dict().items() if not _within(name, changes)}
     thin = {f"{layer}.{side}": t for layer, c in changes.items() for side, t in (("up", c.up), ("down", c.down))}
-    tensors = names.rename(own | thin, names.controlnet_modules(net.config))
-    files.write(path, {"lora_controlnet": torch.zeros(0)} | tensors, {"format": "pt"})
-
-
-def _within(name: str, changes: Mapping[str, LowRank]) -> bool:
-    """Whether this is the weight that a change stands for, or a part of the change."""
-    layer, _, kind = name.rpartition(".")
-    return kind == "weight" and layer in changes or ".change." in name
+    renamed = names.rename(tensors | thin, names.controlnet_modules(config))
+    files.write(path, {"lora_controlnet": torch.zeros(0)} | renamed, {"format": "pt"})
