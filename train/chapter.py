@@ -76,15 +76,17 @@ class Workshop:
 
     # ------------------------------------------------------------------------------------------------------- training
 
-    def train(self, method: str, name: str, words: str) -> Path:
+    def train(self, method: str, name: str, words: str, common: str = COMMON) -> Path:
         """`sdcore train METHOD ...` into folder/name, or what is left of it. Gives that folder. TrainingError: it failed."""
         out = self.folder / name
-        shown = f"sdcore train {method} {words} {COMMON}"
+        shown = f"sdcore train {method} {words} {common}".strip()
         if self.options.steps:
             shown += f" --steps {self.options.steps} --cooldown 0"
         self.commands.append(f"{shown} --out {out}")
         if not complete(out):
-            more = ["--out", str(out), "--threads", str(self.options.threads), "--cache", str(self.folder / "cache")]
+            more = ["--out", str(out), "--threads", str(self.options.threads)]
+            if common:  # of the methods that learn from pictures in a folder
+                more += ["--cache", str(self.folder / "cache")]
             if any((out / "checkpoints").glob("step-*")):
                 more.append("--resume")
             begun, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.time()
@@ -140,14 +142,26 @@ class Workshop:
         Image.fromarray(world.sheet(np.concatenate([row[:columns] for row in rows]), columns, scale=2)).save(file)
         return Sheet(file.name, words)
 
-    def result(self, title: str, about: str, rows: Sequence[Row], sheets: Sequence[Sheet]) -> Result:
+    def result(
+        self,
+        title: str,
+        about: str,
+        rows: Sequence[Row],
+        sheets: Sequence[Sheet],
+        judged: dict[str, float] | None = None,
+    ) -> Result:
         """All of it, with the curves of the trainings, what they took, and how the pictures were drawn."""
         curves = []
         for name, file in self.curves:
             if file.exists():  # a trial of a few steps has none
                 shutil.copy(file, self.folder / f"loss-{name}.png")
                 curves.append(Sheet(f"loss-{name}.png", f"Loss over the steps: {name}"))
-        judged = {"prompts": self.options.prompts, "seed": self.options.seed, "steps": STEPS, "guidance": GUIDANCE}
+        judged = judged or {
+            "prompts": self.options.prompts,
+            "seed": self.options.seed,
+            "steps": STEPS,
+            "guidance": GUIDANCE,
+        }
         return Result(
             self.folder.name, title, about, tuple(self.commands), tuple(rows), (*sheets, *curves), (),
             self.seconds(), self.seconds("clock"), judged,
