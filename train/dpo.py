@@ -27,7 +27,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -64,6 +64,7 @@ class DPOOptions(TwinOptions):
     pair_prompts: str = option("world:two", "file with a prompt a line; world, world:two: the bundled model's")
     sampler: str | None = option(None, "sampler of these pictures and of trials; the model's own where it is not given")
     sampler_steps: int = option(25, "its steps")
+    eta: float | None = option(None, "of ddim: how random its way is, 0 to 1; the sampler's own where it is not given")
     beta: float = option(5000.0, "how strongly the model is held to what it was; the paper's range is 2000 to 5000")
     hold_out: float = option(0.1, "share of the pairs that is not learned from, where --validation names no pairs")
     trials: int = option(0, "pictures drawn by each evaluation from held-out noise, judged by --reward")
@@ -317,8 +318,9 @@ class DPO(Twin):
         """Pictures of these prompts, from noise of these seeds."""
         o = self.options
         size = (o.resolution, o.resolution)
+        eta: dict[str, Any] = {} if o.eta is None else {"eta": o.eta}
         return self.pipe(
-            texts, seed=seeds, size=size, steps=o.sampler_steps, sampler=o.sampler, guidance=o.guidance
+            texts, seed=seeds, size=size, steps=o.sampler_steps, sampler=o.sampler, guidance=o.guidance, **eta
         ).images
 
     def draw_pairs(self, folder: Path) -> Path:
@@ -326,8 +328,8 @@ class DPO(Twin):
         o = self.options
         recipe = {
             "model": self.model, "reward": o.reward, "prompts": o.pair_prompts, "pairs": o.pairs, "each": o.each,
-            "seed": o.seed, "side": o.resolution, "guidance": o.guidance, "sampler": o.sampler, "steps": o.sampler_steps,
-            "drawn": o.pairs * o.each,
+            "seed": o.seed, "side": o.resolution, "guidance": o.guidance, "sampler": o.sampler,
+            "steps": o.sampler_steps, "eta": o.eta, "drawn": o.pairs * o.each,
         }  # fmt: skip
         folder.mkdir(parents=True, exist_ok=True)
         note, table = folder / "recipe.json", folder / "pairs.jsonl"
