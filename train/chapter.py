@@ -180,8 +180,9 @@ def complete(out: Path) -> bool:
 def dreambooth(shop: Workshop) -> Result:
     """A subject from four pictures, all weights of the UNet; once with the class kept and once without."""
     data = lessons.pictures("subject", shop.folder / "pictures")
-    words = f"--data {data} --captions txt --steps 300 --batch 16 --repeats 4 --lr 1e-4"
-    kept = shop.train("dreambooth", "with-prior", f'{words} --prior prediction --class-prompt "a shape"')
+    words = f"--data {data} --captions txt --steps 250 --batch 10 --repeats 5 --lr 2e-4 --cooldown 100"
+    prior = f'--prior pictures --class-prompt "{lessons.kinds()}" --class-pictures 48'
+    kept = shop.train("dreambooth", "with-prior", f"{words} {prior}")
     bare = shop.train("dreambooth", "without-prior", words)
 
     asked, of_class = shop.asked("subject"), shop.asked("class")
@@ -202,9 +203,9 @@ def dreambooth(shop: Workshop) -> Result:
     of_class_sheet = [pixels["untuned class"], pixels["kept class"], pixels["bare class"]]
     return shop.result(
         "DreamBooth: a subject from four pictures",
-        "The rocket, which the UNet has never seen, from two large and two small ones, each alone on another background. "
-        "Asked for elsewhere: on other backgrounds, beside, above and below other things. The class are all other shapes; its "
-        "prompts are such as judge the model itself.",
+        "The rocket, which the UNet has never seen, from two pictures of it alone and two beside something. Asked for "
+        "elsewhere: on other backgrounds, beside, above and below other things. The class are all other shapes. It is kept by "
+        "what the model itself draws for sixteen prompts, and judged by others, of combinations that no training showed.",
         [
             Row("subject right", share["kept"][subject], 0.8, False, share["untuned"][subject],
                 lessons.ceiling(vae, asked, subject), alarms),
@@ -231,7 +232,10 @@ def style_lora(shop: Workshop) -> Result:
     """A style from sixteen pictures, by a LoRA of the UNet."""
     data = lessons.pictures("style", shop.folder / "pictures")
     run = shop.train(
-        "lora", "night", f"--data {data} --captions txt --steps 300 --batch 16 --rank 4 --lr 3e-3 --cooldown 100"
+        "lora",
+        "night",
+        f"--data {data} --captions txt --steps 1500 --batch 6 --layers full --rank 1 "
+        "--ranks down_blocks.0=4,up_blocks.1=4,conv_in=4,conv_out=4,ff=0 --lr 5e-3 --cooldown 800 --dropout 0.1",
     )
 
     asked = shop.asked("style")
@@ -287,8 +291,9 @@ def textual_inversion(shop: Workshop) -> Result:
     changed = [name for name, digest in hashes(folder).items() if before[name] != digest]
     return shop.result(
         "Textual inversion: a look from four pictures",
-        "Teal stripes, a colour that the UNet has never seen, worn by a circle, a square, a star and a heart. Asked for on all "
-        "shapes, beside other things. All that trains is the word; the untuned model is asked for teal stripes in plain words.",
+        "Teal stripes, a colour that the UNet has never seen, worn by a circle, a square, a star and a heart, two of them beside "
+        "something. Asked for on all shapes, beside other things. All that trains is the word; the untuned model is asked for "
+        "teal stripes in plain words.",
         [
             Row("look right", lessons.share(asked, tuned, look), 0.7, False, lessons.share(asked, untuned, look),
                 lessons.ceiling(vae, asked, look), shop.alarms("look")),

@@ -42,8 +42,11 @@ WEARERS = ("circle", "square", "star", "heart")  # of the look; the subject stan
 BESIDE = Thing("cross", "yellow", "small", "plain"), Thing("circle", "red", "large", "dotted")
 
 
-def pictures(lesson: str, folder: Path, n: int = 16, seed: int = 100) -> Path:
-    """Write the pictures of a lesson and their captions into `folder`: four, or `n` of the style. Gives the folder."""
+def pictures(lesson: str, folder: Path, n: int = 16, seed: int = 101) -> Path:
+    """Write the pictures of a lesson and their captions into `folder`: four, or `n` of the style. Gives the folder.
+
+    The seed is one whose sixteen pictures have every shape, colour, size and texture in them.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for i, (scene, text) in enumerate(styled(n, seed) if lesson == "style" else spotted(lesson)):
         picture(scene).save(folder / f"{i:02d}.png")
@@ -72,6 +75,12 @@ def styled(n: int, seed: int) -> list[tuple[Scene, str]]:
     rng = np.random.default_rng(seed)
     scenes = [world.reserve(world.training_scene(rng, 1 + i % 2), "style") for i in range(n)]
     return [(scene, world.caption(scene, rng, full=True)) for scene in scenes]
+
+
+def kinds(n: int = 16, seed: int = 200) -> str:
+    """Prompts of what the model was trained on, one thing and two in turn, as `--class-prompt` takes them."""
+    rng = np.random.default_rng(seed)
+    return "|".join(world.caption(world.training_scene(rng, 1 + i % 2), rng, full=True) for i in range(n))
 
 
 def picture(scene: Scene) -> Image.Image:
