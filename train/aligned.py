@@ -89,15 +89,15 @@ def jpeg(shop: "Workshop") -> Result:
         f"--prompts {shop.folder / 'prompts.txt'} --watch {shop.folder / 'watched.txt'} --watch-pictures 4 "
         f"--watch-reward checker --batch 48 --repeat 4 --tracked 16 --least 8 --lr 4e-3 --until 0.8 {COMMON}"
     )
-    seen, new = [text for text in PAIRS for _ in range(12)], [text for text in OTHERS for _ in range(24)]
+    seen, new = ([text for text in texts for _ in range(96 // len(texts))] for texts in (PAIRS, OTHERS))
     size = rewards.JPEG(+1)
     before = {"seen": pictures(shop.base, seen, 0), "new": pictures(shop.base, new, 1000)}
     rows, sheets, shown = [], [], [before["seen"][::12]]
     for run_name, sign in (("compressibility", -1), ("incompressibility", +1)):
         run = shop.train("ddpo", run_name, f"--reward {run_name} --steps 100 {words}", common="")
-        for kind, texts, seed in (("seen", seen, 0), ("new", new, 1000)):
-            after = tuned(shop, run, texts, seed)
-            base, found = (size(x, list(texts)) for x in (before[kind], after))
+        for kind, asked, seed in (("seen", seen, 0), ("new", new, 1000)):
+            after = tuned(shop, run, asked, seed)
+            base, found = (size(x, asked) for x in (before[kind], after))
             mean, margin = interval((found - base) / base.mean())
             which = "prompts trained on" if kind == "seen" else "other prompts"
             aim = 0.3 if kind == "seen" else None

@@ -233,7 +233,7 @@ class DDPO(Policy):
         again = int(self.memory.epoch) == epoch
         self.rollouts = {}
         handles: list[tuple[list[int], Handle]] = []
-        asked = nullcontext() if again else Rewards(self.reward, self.out)
+        asked = nullcontext() if again else Rewards(self.reward, self.out, stop=self.stopping)
         then = self.memory.weights_of_then(self.trained) if again else nullcontext()
         with asked as judge, then, torch.no_grad():
             for places in ranks.shares(o.batch, o.accumulate):

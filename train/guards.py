@@ -52,7 +52,7 @@ class Guards:
         texts = read_prompts(o.watch or "", o.watch_prompts, WATCHED)
         self.prompts = [text for text in texts for _ in range(self.m)]
         # People are asked about what the model learns from, not about what it is watched by.
-        self.asked: dict[str, rewards.Reward] = {} if "people" in o.reward else {"held_out": policy.reward}
+        self.asked: dict[str, rewards.Reward] = {} if policy.reward.waits else {"held_out": policy.reward}
         if o.watch_reward:
             self.asked["other"] = rewards.make(o.watch_reward, policy.out, policy.pipe.device)
         self.before, self.pictures = self.draw()

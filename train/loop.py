@@ -73,6 +73,8 @@ def run(task: Task, options: LoopOptions) -> int:
 
 def _run(task: Task, options: LoopOptions, out: Path, signals: Signals, processes: Ranks) -> int:
     torch.set_num_threads(options.threads)
+    task.stopping = lambda: bool(signals.caught)
+    task.prepare(processes)
     state = State(task, options, processes)
     checkpoints = state.checkpoints(out / "checkpoints", options.keep)
     settings = json.loads(  # as files have it

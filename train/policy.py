@@ -240,6 +240,8 @@ def check(o: PolicyOptions, pipe: Pipeline) -> None:
     """ConfigError for options that have no meaning, or none for this model."""
     if o.adapter not in ("lora", "none"):
         raise ConfigError(f"--adapter: expected lora or none, found {o.adapter!r}")
+    if o.shard:
+        raise ConfigError("--shard: a network in pieces cannot draw by itself; leave it out, or tune a LoRA")
     if o.adapter == "none" and o.text_encoder:
         raise ConfigError("--text-encoder: the text encoders' change is a LoRA; leave out --adapter none")
     if pipe.unet.config.in_channels != pipe.vae.config.latent_channels or pipe.unet.config.guidance_dim:

@@ -10,6 +10,8 @@ run exact to resume and its result the same however a batch is cut:
 """
 
 import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .options import option
+from .ranks import Ranks
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,8 @@ class Task:
 
     modules: dict[str, nn.Module]  # everything that is saved in checkpoints; what has requires_grad is trained
     ended: str | None = None  # why no further step is wanted, such as a guard's rule; set by `evaluate`
+    # Whether the run has been told to stop, for steps that may wait long; set by the loop.
+    stopping: Callable[[], bool] = staticmethod(lambda: False)
 
     def loss(self, part: Part) -> Loss:
         """The loss of a part of the batch of step `part.step`; random numbers from `part` alone, data by step and places."""
@@ -127,6 +132,14 @@ class Task:
     def identity(self) -> dict[str, object]:
         """What the data and the frozen models are; a resumed run must find the same."""
         return {}
+
+    def prepare(self, ranks: Ranks) -> None:
+        """Called once, before anything is made for the first step; a run that cannot be is refused here."""
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Inside the `with`, in which the run is evaluated and exported, every network is where it can work."""
+        yield
 
     def validate(self) -> float | None:
         """The loss on held-out examples at fixed noise and timesteps, the averaged weights in place; None: there are none."""
