@@ -161,9 +161,9 @@ function render() {
 function card(question, hash, i) {
   const pair = question.pictures.length === 2;
   const made = document.createElement(pair ? "button" : "div");
-  const side = ["left", "right"][i];
+  const which = ["first", "second"][i];
   const picture = image(hash);
-  picture.alt = pair ? `${side} picture` : "the picture";
+  picture.alt = pair ? `${which} picture` : "the picture";
   made.className = "picture";
   made.append(picture);
   if (pair) {
@@ -171,7 +171,7 @@ function card(question, hash, i) {
     key.textContent = ["←", "→"][i];
     made.append(key);
     made.type = "button";
-    made.setAttribute("aria-label", `${side} picture is better`);
+    made.setAttribute("aria-label", `${which} picture is better`);
     made.setAttribute("aria-keyshortcuts", ["ArrowLeft 1", "ArrowRight 2"][i]);
     onClick(made, question.answers[i]);
   }
