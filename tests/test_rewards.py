@@ -509,7 +509,8 @@ def test_a_server_that_fails_is_asked_again_and_given_up_in_time(server, picture
     assert reward(pictures, PROMPTS).tolist() == [len(prompt) for prompt in PROMPTS]
     assert len(server.requests) == 3
     server.faults, began = [fault] * 3, time.monotonic()
-    with pytest.raises(TrainingError, match="no usable answer in 3 tries"):
+    told = {"large": ".*more than 1048576 bytes", "trickle": ".*no whole answer in 0.6 s", 503: ".*HTTP Error 503"}
+    with pytest.raises(TrainingError, match="no usable answer in 3 tries, at last" + told.get(fault, "")):
         reward(pictures, PROMPTS)
     assert len(server.requests) == 6 and time.monotonic() - began < 8
 

@@ -328,8 +328,7 @@ class Rewards:
 
     def __init__(self, reward: Reward, out: Path, threads: int = 2, stop: Callable[[], bool] = lambda: False):
         self.reward, self.out, self.stop = reward, out, stop
-        # A new thread would compute with as many threads as the machine has cores; the last bits of sums depend on that.
-        self.pool = ThreadPoolExecutor(threads, "reward", torch.set_num_threads, (torch.get_num_threads(),))
+        self.pool = ThreadPoolExecutor(threads, "reward")
 
     def submit(self, pictures: Tensor, prompts: list[str]) -> "Handle":
         """Begin to judge pictures [n, 3, H, W] in 0..1; they are copied, so the caller may go on to use their memory."""
