@@ -60,7 +60,7 @@ def main(folder: Path) -> None:
     train(replace(a, out=str(folder / "adamw")))
     b = replace(a, out=str(folder / "cut"))
     try:
-        train(b, dies=3)
+        train(b, dies=2)
     except InterruptedError:
         train(replace(b, resume=True))
 
@@ -74,7 +74,7 @@ def main(folder: Path) -> None:
 
     sharding.HuggingFaceStorageWriter.write_data = full
     try:
-        train(replace(b, resume=True, steps=6, accept_changes=True))
+        train(replace(b, resume=True, steps=4, accept_changes=True))
     except TrainingError as error:
         (folder / f"error-{rank}.txt").write_text(str(error))
 

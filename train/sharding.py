@@ -49,6 +49,8 @@ def cut(modules: nn.ModuleDict, world: int, optimiser: str) -> None:
         raise TrainingError(
             f"--shard: goes with --optimiser {', '.join(ENTRYWISE)}; {optimiser} has to see weights whole"
         )
+    # Nothing here works in place on what a layer gives, against which torch warns at each.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     for name, network in modules.items():
         if type(network).forward is nn.Module.forward:
             raise TrainingError(f"--shard: {name} is small and acts within another network; leave --shard out")
@@ -94,6 +96,13 @@ def whole(modules: nn.ModuleDict) -> Iterator[None]:
         for unit in units:
             unit.reshard()
             unit.set_reshard_after_forward(True, recurse=False)
+
+
+def copies(module: nn.Module, state: dict[str, Tensor], prefix: str, _: object) -> None:
+    """Of a module's own parameters, copies in its state_dict: memory that is lent out (to numpy) could not be let go."""
+    for name in module._parameters:
+        if prefix + name in state:
+            state[prefix + name] = state[prefix + name].clone()
 
 
 class ShardedCheckpoints(Checkpoints):
