@@ -37,7 +37,7 @@ from sdcore import embeddings, lora
 from sdcore.errors import ConfigError, TrainingError
 from sdcore.pipeline import Pipeline
 
-from . import checker, follow, judge, lessons, report, world
+from . import checker, follow, judge, lessons, liking, report, world
 from .lessons import Asked
 from .loop import sha256
 from .options import option, parse
@@ -333,6 +333,7 @@ ENTRIES = (
     Entry("lora", style_lora),
     Entry("textual-inversion", textual_inversion),
     Entry("controlnet", follow.controlnet),
+    Entry("dpo", liking.dpo),
 )
 
 

@@ -41,9 +41,9 @@ def dpo(shop: "Workshop") -> "Result":
     (shop.folder / "warm.py").write_text(RULE)
     (shop.folder / "prompts.txt").write_text("\n".join(vague()) + "\n")
     words = f"--reward {shop.folder / 'warm.py'} --pair-prompts {shop.folder / 'prompts.txt'} --pairs 160"
-    rule = shop.train("dpo", "rule", f"{words} --steps 60 --batch 16 --lr 1e-3", COMMON)
+    rule = shop.train("dpo", "rule", f"{words} --steps 40 --batch 16 --lr 1e-3", COMMON)
     words = "--reward checker --pair-prompts world:two --pairs 500"
-    right = shop.train("dpo", "checker", f"{words} --steps 160 --batch 16 --lr 5e-4 --cooldown 40", COMMON)
+    right = shop.train("dpo", "checker", f"{words} --steps 100 --batch 16 --lr 5e-4 --cooldown 40", COMMON)
 
     warm, texts = rewards.make(str(shop.folder / "warm.py"), shop.folder), (vague() * 6)[:200]
     base, tuned = both(shop, rule / "rule.safetensors", texts)
