@@ -52,7 +52,7 @@ def place(tmp_path_factory):
 def options(place: Path, out: Path, family: str = "sd1", **changes) -> DDPOOptions:
     given = dict(
         out=str(out), model=str(place / family), device="cpu", prompts=str(place / "prompts.txt"), reward=str(place / "red.py"),
-        draw_steps=3, guidance=3.0, batch=4, steps=4, rank=2, lr=1e-2, seed=5, save_every=1, threads=1,
+        draw_steps=2, guidance=3.0, batch=2, steps=4, rank=2, lr=1e-2, seed=5, save_every=1, threads=1,
         tracked=4, least=2,
     )  # fmt: skip
     return DDPOOptions(**(given | changes))
@@ -77,18 +77,18 @@ def test_log_probability_is_the_definition(place, tmp_path):
     """Of what was drawn, in fp64 by torch's own Gaussian, at the mean and variance of diffusers' DDIM with eta 1."""
     task = method(options(place, tmp_path, updates=2))
     updated(task, 1)
-    rollout = task.rollouts[range(4)]
+    rollout = task.rollouts[range(2)]
     peer = diffusers.DDIMScheduler.from_pretrained(place / "sd1" / "scheduler", clip_sample=False)
-    peer.set_timesteps(3)
+    peer.set_timesteps(2)
     assert [step.t for step in task.steps] == peer.timesteps.tolist()
     for step in task.steps:
         x, new = rollout.x[0, :, step.i].double(), rollout.x[0, :, step.i + 1].double()
         with torch.no_grad(), task.memory.weights_of_then(task.trained):
-            x0 = task.denoiser(task.words(0, range(4)))(x.float(), step).double()
+            x0 = task.denoiser(task.words(0, range(2)))(x.float(), step).double()
         out = (x - step.signal * x0) / step.noise
         t = int(step.t)
         theirs = peer.step(out, t, x, eta=1.0, variance_noise=torch.zeros_like(x), return_dict=False)[0]
-        std = peer._get_variance(t, t - 1000 // 3) ** 0.5
+        std = peer._get_variance(t, t - 1000 // 2) ** 0.5
         assert step.std == pytest.approx(float(std), rel=1e-5) and step.std > 0.01
         log_p = torch.distributions.Normal(theirs, std.double()).log_prob(new).flatten(1).mean(dim=1)
         assert (rollout.log_p[0, :, step.i].double() - log_p).abs().max() < 1e-5
@@ -112,8 +112,8 @@ def test_formulas_by_hand():
 
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])
 def test_first_update_has_ratios_of_exactly_one(place, tmp_path, family):
-    """In passes of two pictures, of three updates the first; in the second the weights have moved."""
-    task = method(options(place, tmp_path, family, updates=3, accumulate=2))
+    """In passes of two pictures, of two updates the first; in the second the weights have moved."""
+    task = method(options(place, tmp_path, family, updates=2, batch=4, accumulate=2))
     seen, of_step = [], task.of_step
 
     def spy(words, x, new, before, *rest):
@@ -125,7 +125,7 @@ def test_first_update_has_ratios_of_exactly_one(place, tmp_path, family):
     task.of_step = spy
     state = State(task, task.options, Ranks())
     first = state.take(0, 1e-2)
-    assert len(task.noisy) == {"sd1": 3, "sdxl": 2}[family]  # XL's last step goes to no noise at all
+    assert len(task.noisy) == {"sd1": 2, "sdxl": 1}[family]  # XL's last step goes to no noise at all
     assert len(seen) == 2 * len(task.noisy) and all((ratio == 1).all() for ratio in seen)
     assert first["ratio"] == 1 and first["clipped"] == 0 and first["moved"] == 0
     second = state.take(1, 1e-2)
@@ -135,7 +135,7 @@ def test_first_update_has_ratios_of_exactly_one(place, tmp_path, family):
 @pytest.mark.parametrize("adapter", ["lora", "none"])
 def test_gradient_is_that_of_the_objective(place, tmp_path, adapter):
     """Of the third update, half of the ratios clipped, with the KL: one autograd over all steps, DDIM and loss written out."""
-    o = options(place, tmp_path, updates=3, kl=2.0, adapter=adapter, lr=1e-3, clip_advantage=1.2)
+    o = options(place, tmp_path, updates=3, batch=4, kl=2.0, adapter=adapter, lr=1e-3, clip_advantage=1.2)
     task = method(o)
     state = updated(task, 2)
     rollout, words = task.rollouts[range(4)], task.words(0, range(8, 12))
@@ -148,7 +148,7 @@ def test_gradient_is_that_of_the_objective(place, tmp_path, adapter):
         out = task.pipe.unet(torch.cat([x, x]), torch.full((8,), step.t), told)
         negative, positive = out.chunk(2)
         eps = negative + 3.0 * (positive - negative)
-        a, b = step.alpha_bar, float(table[max(int(step.t) - 1000 // 3, 0)])
+        a, b = step.alpha_bar, float(table[max(int(step.t) - 1000 // 2, 0)])
         x0 = (x - (1 - a) ** 0.5 * eps) / a**0.5
         return b**0.5 * x0 + (1 - b - step.std**2) ** 0.5 * eps
 
@@ -163,7 +163,7 @@ def test_gradient_is_that_of_the_objective(place, tmp_path, adapter):
         distances.append(((mean - base) ** 2).mean(dim=(1, 2, 3)) / (2 * step.std**2))
     ratio, distance = torch.stack(ratios), torch.stack(distances)
     moved = (ratio - 1).abs().flatten().sort().values
-    clip = moved[5:7].mean().item()  # six of the twelve
+    clip = moved[3:5].mean().item()  # four of the eight
     surrogate = torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
     total = (-surrogate + 2.0 * distance).mean()
     total.backward()
@@ -181,21 +181,21 @@ def test_gradient_is_that_of_the_objective(place, tmp_path, adapter):
 
 
 def test_passes_do_not_change_the_gradient(place, tmp_path):
-    """One pass of four pictures, and four of one; the steps learnt from are the same in all of them."""
+    """One pass of two pictures, and two of one; the steps learnt from are the same in both."""
     found = []
-    for accumulate in (1, 4):
-        task = method(options(place, tmp_path / str(accumulate), accumulate=accumulate, fraction=0.7))
+    for accumulate in (1, 2):
+        task = method(options(place, tmp_path / str(accumulate), accumulate=accumulate, fraction=0.6))
         state = State(task, task.options, Ranks())
         state.gradients(0)
         found.append(torch.cat([p.grad.flatten() for p in state.trained.values()]))
-        learnt = task.chosen(Part(5, 0, 4, range(1)))
-        assert len(learnt) == 2 and learnt == task.chosen(Part(5, 0, 4, range(3, 4)))
+        learnt = task.chosen(Part(5, 0, 2, range(1)))
+        assert len(learnt) == 1 and learnt == task.chosen(Part(5, 0, 2, range(1, 2)))
     assert (found[0] - found[1]).norm() < 1e-3 * found[0].norm()
 
 
 def test_steps_without_noise_are_left_out(place, tmp_path):
     """A last step that goes to no noise at all draws none; nothing is learnt from it, and of one step alone nothing at all."""
-    task = method(options(place, tmp_path, "sdxl", batch=2))
+    task = method(options(place, tmp_path, "sdxl", draw_steps=3))
     assert [step.std > 0 for step in task.steps] == [True, True, False] and len(task.noisy) == 2
     first = State(task, task.options, Ranks()).take(0, 1e-2)
     assert first["ratio"] == 1 and np.isfinite(first["loss"]) and torch.isfinite(task.rollouts[range(2)].log_p).all()
@@ -228,7 +228,7 @@ def test_tracker_is_a_queue_a_prompt():
 def test_an_epoch_asks_once_and_learns_from_its_own_rewards(place, tmp_path):
     """What is kept of an epoch is what the reward said of its pictures, prompt by prompt; `repeat` puts prompts in a row."""
     (asked := place / "red.asked").unlink(missing_ok=True)
-    task = method(options(place, tmp_path, updates=2, inner=2, repeat=2, tracked=8))
+    task = method(options(place, tmp_path, batch=4, updates=2, inner=2, repeat=2, tracked=8))
     updated(task, 4)
     assert asked.read_text().split() == ["4", "4"]
     which = [task.prompt_of(0, picture) for picture in range(8)]
@@ -302,12 +302,12 @@ def test_guards_see_what_the_reward_does_not(place, tmp_path):
         place,
         tmp_path,
         watch=str(place / "prompts.txt"),
-        watch_pictures=3,
+        watch_pictures=2,
         watch_reward="compressibility",
         eval_every=2,
     )
     task = method(o)
-    assert task.guards.prompts == [prompt for prompt in PROMPTS for _ in range(3)]
+    assert task.guards.prompts == [prompt for prompt in PROMPTS for _ in range(2)]
     fresh = task.evaluate(0, tmp_path)
     assert fresh["diversity"] == 1 and fresh["distance"] == 0 and task.ended is None
     assert fresh["held_out"] == task.guards.base["held_out"] and fresh["other"] == task.guards.base["other"] < 0
@@ -368,9 +368,9 @@ def test_a_reward_that_fails_stops_the_run(place, tmp_path):
         "def reward(pictures, prompts):\n    return pictures.mean(dim=(1, 2, 3)) * float('nan')\n"
     )
     o = options(place, tmp_path / "run", reward=str(tmp_path / "bad.py"))
-    with pytest.raises(TrainingError, match="gave nan for 4 of 4 pictures"):
+    with pytest.raises(TrainingError, match="gave nan for 2 of 2 pictures"):
         loop.run(method(o), o)
-    assert len(list((tmp_path / "run/rewards-failed").glob("*.png"))) == 4
+    assert len(list((tmp_path / "run/rewards-failed").glob("*.png"))) == 2
 
 
 @pytest.mark.parametrize("preset", sorted(ddpo.PRESETS))
@@ -379,3 +379,16 @@ def test_presets_can_be_read(preset):
     guards.check(o.stop)
     assert policy.read_prompts(o.prompts, 3, 0) and policy.read_prompts(o.watch, 3, 0)
     assert o.batch * o.updates in (256, 288) or o.reward == "people"
+
+
+@pytest.mark.check
+def test_an_update_at_the_size_of_sd15(tmp_path):
+    """LoRA of rank 4, 128 pixels, two steps with guidance, on random weights; memory is printed (pytest -s)."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.real_ddpo", tmp_path], capture_output=True, text=True, timeout=3600
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    print(found)
+    assert found["ratio"] == 1 and 0 < found["norm"] < np.inf and found["trained"] == 797_184
+    assert found["peak_GiB"] < 8
