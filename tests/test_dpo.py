@@ -4,24 +4,30 @@ Everything runs on the bundled model and on pictures of its world; that it learn
 """
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from sdcore.train import dpo, labels, loop, prompts, tuning, world
+from sdcore.train import chapter, dpo, labels, liking, loop, prompts, report, rewards, tuning, world
 from sdcore.train.dpo import DPO, DPOOptions
 from sdcore.train.options import parse
 from sdcore.train.task import Part
 from sdcore.weights import files
+from sdcore.weights.adapters import write_adapter
 from torch.func import functional_call
 
 import sdcore
-from sdcore import image
+from sdcore import image, lora
+from sdcore.changes import LowRank
 from sdcore.errors import ConfigError, TrainingError
 from sdcore.scheduler import alpha_bars
 from tests.test_train import Cut, assert_same_bits, cut_at, final
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -280,9 +286,9 @@ def test_presets_are_defaults_that_words_overrule():
     for name, values in dpo.PRESETS.items():
         found = parse(DPOOptions, ["--preset", name, "--steps", "7"], prog="t", presets=dpo.PRESETS)
         assert found.steps == 7 and all(getattr(found, k) == v for k, v in values.items() if k != "steps")
-    assert {name.removeprefix("chapter-") for name in dpo.PRESETS} == {
-        "compressibility", "incompressibility", "aesthetic", "alignment", "people",
-    }  # fmt: skip
+    tasks = {"compressibility", "incompressibility", "aesthetic", "alignment", "people"}
+    assert set(dpo.PRESETS) == tasks | {f"{task}-sdxl" for task in tasks}
+    assert all((values["model"] == "sdxl") == name.endswith("-sdxl") for name, values in dpo.PRESETS.items())
 
 
 def test_prompts_of_files_and_of_the_world(tmp_path):
@@ -351,3 +357,34 @@ def test_a_cut_run_resumes_to_the_same_bits(pairs, tmp_path, adapter):
     if adapter == "lora":
         one, other = (files.read(tmp_path / run / "run/run.safetensors").tensors for run in "ab")
         assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+# --------------------------------------------------------------------------------------------------------------- what it reaches
+
+
+@pytest.mark.check
+def test_dpo_learns_a_rule_and_from_the_checker(tmp_path):
+    """The entry of `make chapter`, from the beginning; its figures, with their aims, become docs/reports/dpo.md."""
+    assert chapter.main(["--only", "dpo", "--out", str(tmp_path), "--threads", str(torch.get_num_threads())]) == 0
+    found = report.load(tmp_path / "dpo")
+    for sheet in found.sheets:
+        shutil.copy(tmp_path / "dpo" / sheet.file, ROOT / "docs" / report.named(found, sheet))
+    (ROOT / "docs/reports/dpo.md").write_text(report.markdown([found], ".."))
+    assert all(row.met for row in found.rows), [row for row in found.rows if not row.met]
+
+
+def test_rules_and_prompts_of_the_report(tmp_path):
+    """The rule is what it says, its prompts leave the background free, and both models draw from the same noise."""
+    (tmp_path / "warm.py").write_text(liking.RULE)
+    warm = rewards.make(str(tmp_path / "warm.py"), tmp_path)
+    assert warm(torch.tensor([0.75, 0.5, 0.25]).view(1, 3, 1, 1).expand(2, 3, 8, 8), ["a", "b"]).tolist() == [0.5, 0.5]
+    scenes = [world.parse(text) for text in liking.vague()]
+    assert len(set(liking.vague())) == len(scenes) == 36
+    assert not any(scene.background or world.held_out(scene) or len(scene.things) > 1 for scene in scenes)
+    pipe = sdcore.load("tiny", device="cpu")
+    width = pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q.weight.shape[0]
+    layer = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    nothing = LowRank(torch.zeros(1, width), torch.ones(width, 1))
+    write_adapter(tmp_path / "lora.safetensors", lora.Adapter("x", {"unet": {layer: nothing}}), "kohya", pipe)
+    base, tuned = liking.both(SimpleNamespace(base=pipe), tmp_path / "lora.safetensors", liking.vague()[:3])
+    assert torch.equal(base, tuned) and 0 <= base.min() < base.max() <= 1 and not torch.equal(base[0], base[1])

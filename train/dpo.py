@@ -74,18 +74,18 @@ class DPOOptions(TwinOptions):
 
 CHAPTER = dict(
     model="sd15", resolution=512, pairs=1000, each=4, pair_prompts="animals", guidance=5.0, sampler="ddim", sampler_steps=50,
-    rank=8, steps=2000, batch=16, accumulate=4, lr=1e-4, warmup=50, trials=64, trial_prompts="animals",
+    rank=8, steps=2000, batch=16, accumulate=4, lr=1e-4, warmup=50, trials=64, trial_prompts="animals-held-out",
 )  # fmt: skip
-CLIP_L = "models/clip-vit-large-patch14"
-PRESETS: dict[
-    str, dict[str, object]
-] = {  # the chapter's rewards on SD 1.5; add --model sdxl --resolution 1024 for the other
-    "chapter-compressibility": CHAPTER | dict(reward="compressibility"),
-    "chapter-incompressibility": CHAPTER | dict(reward="incompressibility"),
-    "chapter-aesthetic": CHAPTER | dict(reward=f"aesthetic:{CLIP_L},models/sac+logos+ava1-l14-linearMSE.pth"),
-    "chapter-alignment": CHAPTER | dict(reward=f"clip:{CLIP_L}", pair_prompts="activities", trial_prompts="activities"),
-    "chapter-people": CHAPTER | dict(pairs=0, trials=0),  # add --labels RUN
+CLIP = "models/clip-vit-large-patch14"  # where these files are looked for
+ACTIVE = dict(pair_prompts="activities", trial_prompts="activities-held-out")
+TASKS: dict[str, dict[str, object]] = {
+    "compressibility": CHAPTER | dict(reward="compressibility"),
+    "incompressibility": CHAPTER | dict(reward="incompressibility"),
+    "aesthetic": CHAPTER | dict(reward=f"aesthetic:{CLIP},models/sac+logos+ava1-l14-linearMSE.pth"),
+    "alignment": CHAPTER | dict(reward=f"clip:{CLIP}") | ACTIVE,
+    "people": CHAPTER | dict(pairs=0, trials=0),  # add --labels RUN
 }
+PRESETS = TASKS | {f"{name}-sdxl": values | dict(model="sdxl", resolution=1024) for name, values in TASKS.items()}
 
 
 # --------------------------------------------------------------------------------------------------------------------- the pairs
