@@ -18,7 +18,7 @@ import torch
 from sdcore.weights import files
 from torch import Tensor, nn
 
-from sdcore.errors import CheckpointError
+from sdcore.errors import CheckpointError, TrainingError
 from sdcore.pipeline import check_finite
 from sdcore.vae import VAE
 
@@ -92,6 +92,10 @@ class Latents:
     @torch.no_grad()
     def encode(self, visit: Visit) -> dict[str, Tensor]:
         """`one`, worked out."""
+        if next(self.vae.parameters()).is_meta:
+            raise TrainingError(
+                f"{visit.item.path}: has gone from the cache, and the autoencoder has left (--offload); resume"
+            )
         pixels, mask = open_visit(visit)
         like = next(self.vae.parameters())
         with torch.autocast(like.device.type, enabled=False):

@@ -260,6 +260,9 @@ class TrainLoRA(Tune):
         text = self.options.text_rate if name.startswith("lora.text_encoder") else 1.0
         return text * (self.options.plus if name.rpartition(".")[2] in LATE else 1.0)
 
+    def listens(self) -> bool:
+        return self.options.text_encoder
+
     def context(self, captions: list[str]) -> Conditions:
         return self.hear(captions) if self.options.text_encoder else super().context(captions)
 

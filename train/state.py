@@ -160,6 +160,7 @@ class State:
         """Inside the `with`, the task's modules are what is evaluated and exported: averaged, and whole. All processes enter."""
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.no_grad())
+            stack.enter_context(self.task.together())
             stack.enter_context(self.average.in_place())
             if self.options.shard:
                 from . import sharding

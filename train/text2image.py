@@ -1,6 +1,7 @@
 """Train the UNet of the bundled model on captioned pictures of the world.
 
     sdcore train text2image --vae runs/vae --text runs/text --out runs/text2image
+    sdcore train text2image --data pictures --model sd15        # on pictures of one's own: train/finetune.py
 
 What trains: the UNet, between an autoencoder and a text encoder that stay as they are, as in the released models. The loss: the
 squared error of the predicted velocity (v), weighted so that nearly clean latents, where the text has nothing left to decide,
@@ -290,7 +291,12 @@ def write_model(folder: Path, unet: UNet, text: CLIPText, vae: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """`sdcore train text2image`."""
+    """`sdcore train text2image`; with --data, of a folder, it is the fine-tuning of train/finetune.py."""
+    words = sys.argv[1:] if argv is None else argv
+    if any(word.split("=")[0] == "--data" for word in words):
+        from . import finetune
+
+        return finetune.main(words)
     options = parse(TextToImageOptions, argv, prog="sdcore train text2image")
     return run(TextToImage(options), options)
 

@@ -126,6 +126,9 @@ class TextualInversion(TrainLoRA):
     def rate_of(self, name: str) -> float:
         return 1.0 if name.startswith("words.") else self.options.lora_rate * super().rate_of(name)
 
+    def listens(self) -> bool:
+        return True
+
     def context(self, captions: list[str]) -> Conditions:
         """The text encoders, which are frozen but let gradients through, read the word's rows as they are now."""
         return self.hear(captions, *self.rows(captions))

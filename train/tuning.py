@@ -11,14 +11,17 @@ mode; what trains is fp32 (`begin` makes it so), the computation runs in --preci
 Legend: b examples, s tokens, d width of the text, c h w latent.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from sdcore.weights import checkpoint, fetch
 from torch import Tensor, nn
+from tqdm import tqdm
 
-from sdcore import image
+from sdcore import image, lora
 from sdcore.clip import CLIPText
 from sdcore.errors import TrainingError
 from sdcore.pipeline import Pipeline
@@ -26,11 +29,12 @@ from sdcore.scheduler import alpha_bars
 from sdcore.tokenizer import Tokenizer
 from sdcore.voices import Conditions, zeroed
 
-from . import objectives
+from . import memory, objectives
 from .caches import Latents, Texts, fingerprint
 from .data import DataOptions, Pictures, Visit
 from .objectives import Noisy, ObjectiveOptions
 from .options import option
+from .ranks import Ranks
 from .task import LoopOptions, Loss, Part, Task, generator
 
 
@@ -58,6 +62,17 @@ class TuneOptions(ObjectiveOptions, DataOptions, LoopOptions):
         None, "file with a prompt a line; each evaluation draws them, above the untuned model's pictures"
     )
     guidance: float = option(7.5, "guidance scale of these; the bundled model wants 3")
+    memory: str | None = option(
+        None,
+        "what a step may take, such as 8GiB: as many blocks as that asks for are recomputed in the backward pass, and what "
+        "cannot fit is refused (train/memory.py)",
+        free=True,
+    )
+    offload: bool = option(
+        False,
+        "encode every picture and caption before the first step; then what encoded them leaves the device until an evaluation",
+        free=True,
+    )
 
 
 class Tune(Task):
@@ -94,6 +109,7 @@ class Tune(Task):
                 shuffle_tags=False,
             )
             self.held_out = self.gather(plain, 1)
+        self.away: dict[str, nn.Module] = {}  # what has left the device
         self.base = self.draw() if options.prompts else []  # by the untuned model
         self.begin()
 
@@ -102,6 +118,8 @@ class Tune(Task):
     def gather(self, options: TuneOptions, batch: int) -> Pictures:
         """What is learned from, or with other `options` held out; called before `begin`, by the untuned model's side."""
         return Pictures(options, options.seed, batch)
+
+    reads: tuple[str, ...] = ("texts",)  # of what a step calls: what reads files
 
     def begin(self) -> None:
         """Set `modules` and let train (fp32, requires_grad) what is to. Here: the whole UNet."""
@@ -113,6 +131,10 @@ class Tune(Task):
         found = self.texts(captions)
         device = self.pipe.device
         return Conditions(found["context"].to(device), found["pooled"].to(device) if "pooled" in found else None)
+
+    def listens(self) -> bool:
+        """Whether text encoders are at work in every step. Here they are not, once each caption has been encoded."""
+        return False
 
     def predict(self, x: Tensor, t: Tensor, told: Conditions, visits: list[Visit]) -> Tensor:
         """What the network says of noised latents x [b, c, h, w] at timesteps t [b]."""
@@ -180,6 +202,51 @@ class Tune(Task):
         return {"model": self.model, **self.pictures.identity()} | (
             {"validation": self.held_out.identity()["content"]} if self.held_out else {}
         )
+
+    # --------------------------------------------------------------------------------------------------------------- memory
+
+    def prepare(self, ranks: Ranks) -> None:
+        if self.options.offload:
+            self.encode_everything()
+            self.leave()
+        if self.options.memory:
+            memory.fit(self, ranks)
+
+    def encode_everything(self) -> None:
+        """Fill the cache with all that steps will ask of it. TrainingError: there is no cache."""
+        if not self.options.cache:
+            raise TrainingError("--offload: needs a --cache, in which what pictures and captions become is kept")
+        seen = [value for value in vars(self).values() if isinstance(value, Pictures)]
+        for pictures in tqdm(seen, desc="encoding", disable=None):
+            for i, item in enumerate(pictures.items):
+                for variant in range(pictures.options.variants):
+                    self.latents.one(Visit(item, variant, pictures.view(i, variant), ""))
+                for caption in ("", *item.captions):
+                    self.texts.one(caption)
+
+    def leave(self) -> None:
+        """Send away what encodes: from a GPU to the CPU, from the CPU altogether. Text encoders that are needed stay."""
+        self.away = {"vae": self.pipe.vae}
+        if not self.listens() and not self.options.shuffle_tags:  # shuffled captions are new ones at every visit
+            self.away |= {name: part for name, part in lora.models(self.pipe).items() if name != "unet"}
+        for part in self.away.values():
+            part.to("meta" if self.pipe.device.type == "cpu" else "cpu")
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What has left comes back for as long as the `with` lasts: evaluations draw."""
+        if not self.away:
+            yield
+            return
+        on_cpu = self.pipe.device.type == "cpu"
+        tensors = checkpoint.read(fetch.resolve(self.options.model)).tensors if on_cpu else {}
+        for name, part in self.away.items():
+            if on_cpu:
+                part.to_empty(device="cpu").load_state_dict(tensors[name])
+            else:
+                part.to(self.pipe.device)
+        yield
+        self.leave()
 
     # --------------------------------------------------------------------------------------------------------------- helpers
 

@@ -22,7 +22,19 @@ from sdcore.errors import ConfigError, SdcoreError
 from . import generate
 from .words import Parser, one_line, share, size
 
-METHODS = ("lora", "dreambooth", "textual-inversion", "controlnet", "ddpo", "draft", "dpo", "text2image", "text", "vae")
+METHODS = (
+    "lora",
+    "finetune",
+    "dreambooth",
+    "textual-inversion",
+    "controlnet",
+    "ddpo",
+    "draft",
+    "dpo",
+    "text2image",
+    "text",
+    "vae",
+)
 BENCHES = ("kernels", "unet", "pipeline", "train", "compile")
 NO_MEMORY = ("out of memory", "can't allocate memory")
 
