@@ -49,6 +49,7 @@ LAYERS = {  # which linear layers and convolutions, by their names
     "attention": r"\.(to_q|to_k|to_v|to_out\.0|q_proj|k_proj|v_proj|out_proj)$",
     "transformer": r"attentions\.|encoder\.layers\.",
     "all": r"attentions\.|resnets\.|samplers\.|encoder\.layers\.",
+    "full": "",
 }
 LATE = ("up", "w2", "w2_a")  # begin as zero; LoRA+ has them learn faster
 FOLDERS = {"out", "data", "captions", "cache", "validation", "prompts", "masks"}  # no business of who gets the file
@@ -65,7 +66,8 @@ class ChangeOptions:
     rslora: bool = option(False, "scaled by alpha / √rank instead, so that high ranks learn as fast as low ones")
     layers: str = option(
         "attention",
-        "attention: its four projections; transformer: all in the transformers; all: convolutions too (LoCon)",
+        "attention: its four projections; transformer: all in the transformers; all: convolutions too (LoCon); full: also the "
+        "first and the last one and what reads the time",
     )
     ranks: tuple[str, ...] = option(
         (),
