@@ -334,6 +334,10 @@ def test_a_rule_ends_the_run(place, tmp_path):
     last = json.loads((tmp_path / "run/log.jsonl").read_text().splitlines()[-1])
     assert last["event"] == "complete" and last["step"] == 2 and last["ended"].startswith("distance > 0.0: distance is")
     assert (tmp_path / "run/run.safetensors").exists() and (tmp_path / "run/checkpoints/step-00000002").exists()
+    with pytest.raises(ConfigError, match="--stop other<9: other is not watched here"):
+        method(replace(o, stop=("other<9",)))
+    with pytest.raises(ConfigError, match="--stop diversity<2: diversity is 1, of the untuned model already"):
+        method(replace(o, stop=("diversity<2",)))
     assert guards.broken(("held_out>1", "diversity<0.5"), {"held_out": 1.0, "diversity": 0.5}) is None
 
 

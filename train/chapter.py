@@ -37,7 +37,7 @@ from sdcore import embeddings, lora
 from sdcore.errors import ConfigError, TrainingError
 from sdcore.pipeline import Pipeline
 
-from . import checker, follow, judge, lessons, liking, report, world
+from . import aligned, checker, follow, judge, lessons, liking, report, world
 from .lessons import Asked
 from .loop import sha256
 from .options import option, parse
@@ -334,6 +334,8 @@ ENTRIES = (
     Entry("textual-inversion", textual_inversion),
     Entry("controlnet", follow.controlnet),
     Entry("dpo", liking.dpo),
+    Entry("ddpo-jpeg", aligned.jpeg),
+    Entry("ddpo-alignment", aligned.alignment),
 )
 
 

@@ -59,6 +59,8 @@ class Guards:
         self.spread = spread(self.pictures, self.m)
         self.step = spread(self.before, self.m)  # from a picture to another one of its prompt
         self.base = self.worth(self.pictures) | {"diversity": 1.0, "distance": 0.0}
+        if why := broken(o.stop, self.base):
+            raise ConfigError(f"--stop {why}, of the untuned model already; choose another limit")
 
     @torch.no_grad()
     def draw(self) -> tuple[Tensor, Tensor]:
