@@ -52,7 +52,8 @@ LAYERS = {  # which linear layers and convolutions, by their names
     "full": "",
 }
 LATE = ("up", "w2", "w2_a")  # begin as zero; LoRA+ has them learn faster
-FOLDERS = {"out", "data", "captions", "cache", "validation", "prompts", "masks"}  # no business of who gets the file
+# No business of who gets the file:
+FOLDERS = {"out", "resume", "accept_changes", "data", "captions", "cache", "validation", "prompts", "masks"}
 
 
 @dataclass(frozen=True)
