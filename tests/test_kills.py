@@ -23,6 +23,7 @@ import pytest
 import torch
 from sdcore.train import checkpoints, loop, policy, text, text2image, tuning, vae
 from sdcore.train.ddpo import DDPO, DDPOOptions
+from sdcore.train.finetune import Finetune, FinetuneOptions
 from sdcore.train.loop import LoopOptions, Task
 
 from tests.test_methods import RUNS, options, place  # noqa: F401  (a fixture)
@@ -47,9 +48,8 @@ Method = Callable[
 # ---------------------------------------------------------------------------------------------------------------- the methods
 
 
-def tuned(name: str) -> Callable[..., Method]:
+def tuned(kind: Callable[..., Task], described: Callable[..., LoopOptions], changes: dict) -> Callable[..., Method]:
     """A method that tunes the small SD 1.5 on pictures."""
-    kind, described, changes = RUNS[name]
 
     def make(place, folder: Path) -> Method:  # noqa: F811
         def method(out: Path, resume: bool):
@@ -94,10 +94,11 @@ def rewarded(place, folder: Path) -> Method:  # noqa: F811
 
 
 METHODS: dict[str, Callable[..., Method]] = {
-    "dreambooth": tuned("dreambooth"),
-    "lora": tuned("lora"),
-    "textual-inversion": tuned("textual-inversion"),
-    "controlnet": tuned("controlnet"),
+    "dreambooth": tuned(*RUNS["dreambooth"]),
+    "lora": tuned(*RUNS["lora"]),
+    "textual-inversion": tuned(*RUNS["textual-inversion"]),
+    "controlnet": tuned(*RUNS["controlnet"]),
+    "finetune": tuned(Finetune, FinetuneOptions, dict(dropout=0.3)),
     "text2image": from_nothing,
     "ddpo": rewarded,
 }
