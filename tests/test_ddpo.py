@@ -3,6 +3,7 @@
 On small random models of SD 1.5's and SDXL's shape; that it learns is shown on the bundled model (docs/alignment.md).
 """
 
+import copy
 import json
 import subprocess
 import sys
@@ -135,13 +136,13 @@ def test_first_update_has_ratios_of_exactly_one(place, tmp_path, family):
 @pytest.mark.parametrize("adapter", ["lora", "none"])
 def test_gradient_is_that_of_the_objective(place, tmp_path, adapter):
     """Of the third update, half of the ratios clipped, with the KL: one autograd over all steps, DDIM and loss written out."""
-    o = options(place, tmp_path, updates=3, batch=4, kl=2.0, adapter=adapter, lr=1e-3, clip_advantage=1.2)
+    o = options(place, tmp_path, updates=3, batch=4, kl=2.0, adapter=adapter, lr=1e-3, clip_advantage=0.5)
     task = method(o)
     state = updated(task, 2)
     rollout, words = task.rollouts[range(4)], task.words(0, range(8, 12))
     told = task.context([""] * 4 + words).context
-    advantage = task.memory.advantages[8:12].clamp(-1.2, 1.2)
-    assert (task.memory.advantages[8:12].abs() > 1.2).any()
+    advantage = task.memory.advantages[8:12].clamp(-0.5, 0.5)
+    assert (task.memory.advantages[8:12].abs() > 0.5).any()
     table = alpha_bars(task.pipe.scheduler)
 
     def mean_of(x, step):
@@ -173,7 +174,11 @@ def test_gradient_is_that_of_the_objective(place, tmp_path, adapter):
 
     task.options = replace(o, clip_ratio=clip)
     figures = state.gradients(2)
-    assert figures["clipped"] == 0.5 and figures["kl"] > 1e-6
+    assert (
+        figures["clipped"] == 0.5
+        and figures["kl"] == pytest.approx(distance.mean().item(), rel=1e-3)
+        and figures["kl"] > 0
+    )
     assert figures["loss"] == pytest.approx(total.item(), abs=1e-5)
     length = torch.cat([grad.flatten() for grad in wanted.values()]).norm()
     apart = torch.cat([(p.grad - wanted[name]).flatten() for name, p in state.trained.items()]).norm()
@@ -236,9 +241,9 @@ def test_an_epoch_asks_once_and_learns_from_its_own_rewards(place, tmp_path):
     rollout = task.rollouts[range(4)]
     seen = task.pictures(rollout.x[:, :, -1].flatten(0, 1))
     rewards = seen[:, 0].mean(dim=(1, 2)) - seen[:, 2].mean(dim=(1, 2))
-    assert torch.equal(rewards, task.memory.rewards)
+    torch.testing.assert_close(rewards, task.memory.rewards, rtol=1e-5, atol=1e-7)
     tracker = ddpo.Tracker(3, 8, 2)
-    assert torch.equal(tracker.advantages(which, rewards), task.memory.advantages)
+    assert torch.equal(tracker.advantages(which, task.memory.rewards), task.memory.advantages)
     orders = [torch.stack([task.turn(0, k) for k in range(i, i + 2)]) for i in (0, 2)]
     assert torch.equal(orders[0], torch.tensor([[0] * 4, [1] * 4])) and not torch.equal(*orders)
     assert torch.equal(orders[1].sort(dim=0).values, orders[0])  # every picture once
@@ -263,7 +268,7 @@ def test_a_cut_run_resumes_to_the_same_bits(place, tmp_path, adapter, dies):
         loop.run(cut_at(method(o("cut")), dies), o("cut"))
     (asked := place / "red.asked").unlink()
     assert loop.run(method(o("cut", resume=True)), o("cut", resume=True)) == 0
-    assert len(asked.read_text().split()) == {1: 4, 2: 4, 3: 0}[dies]
+    assert len(asked.read_text().split() if asked.exists() else []) == {1: 4, 2: 4, 3: 0}[dies]
     whole, cut = final(tmp_path / "whole"), final(tmp_path / "cut")
     assert any(name.startswith("weights/tracker") for name in whole)
     assert_same_bits(whole, cut)
@@ -356,10 +361,9 @@ def test_a_rule_ends_the_run(place, tmp_path):
         ({"fraction": 0.0}, "--fraction 0.0, --until 1.0: expected shares above 0"),
     ],
 )
-def test_options_without_meaning_are_refused(place, tmp_path, changes, message):
-    o = options(place, tmp_path, **changes)
+def test_options_without_meaning_are_refused(place, tmp_path, pipes, changes, message):
     with pytest.raises(ConfigError, match=message):
-        method(o)
+        DDPO(options(place, tmp_path, **changes), copy.deepcopy(pipes("sd1")))
 
 
 def test_a_model_that_needs_more_than_a_prompt_is_refused(tmp_path, pipes, place):

@@ -18,7 +18,7 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from sdcore.weights import files
@@ -28,27 +28,28 @@ from torch import Tensor
 from sdcore import lora
 from sdcore.pipeline import Pipeline
 
-from . import guards, judge, report, rewards, world
+from . import guards, judge, liking, report, rewards
+from .prompts import of_world
 from .report import Result, Row, Sheet
 
 if TYPE_CHECKING:
     from .chapter import Workshop
 
-DRAWN: dict[str, Any] = dict(steps=4, guidance=1.0, sampler="ddim", eta=1.0)  # every picture, in tuning and in judging
 NOTED = {"steps": 4, "guidance": 1.0, "eta": 1.0}
-COMMON = "--draw-steps 4 --guidance 1 --layers all --rank 8 --cooldown 0 --save-every 10 --eval-every 20 --device cpu"
+COMMON = (
+    "--draw-steps 4 --guidance 1 --until 0.8 --layers all --rank 8 --beta2 0.99 --cooldown 0 --save-every 5 --eval-every 20 "
+    "--device cpu"
+)
 PAIRS = ("a green cross and a pink circle", "an orange square and a blue triangle", "a red star and a green square",
          "a pink heart and a yellow cross", "a red circle above a blue square", "a purple cross left of a yellow circle",
          "a blue star right of a pink triangle", "a yellow heart below a red square")  # fmt: skip
 OTHERS = ("a blue circle and a red cross", "a pink square above a green star", "a yellow triangle left of a purple square",
           "an orange heart right of a green circle")  # fmt: skip
-JUDGED = 500  # held-out prompts of the alignment
-FIRST_SEED = 100_000  # of their pictures
 
 
 def pictures(pipe: Pipeline, texts: Sequence[str], seed: int) -> Tensor:
     """Pictures [n, 3, 64, 64] in 0..1, the k-th of noise seed + k."""
-    return judge.drawn(pipe, texts, seed, **DRAWN) / 2 + 0.5
+    return judge.drawn(pipe, texts, seed, **liking.WAY) / 2 + 0.5
 
 
 def interval(differences: Tensor) -> tuple[float, float]:
@@ -87,14 +88,14 @@ def jpeg(shop: "Workshop") -> Result:
             file.write("".join(f"{text}\n" for text in texts).encode())
     words = (
         f"--prompts {shop.folder / 'prompts.txt'} --watch {shop.folder / 'watched.txt'} --watch-pictures 4 "
-        f"--watch-reward checker --batch 48 --repeat 4 --tracked 16 --least 8 --lr 4e-3 --until 0.8 {COMMON}"
+        f"--watch-reward checker --batch 48 --repeat 4 --tracked 16 --least 8 --lr 1e-2 --clip 0.08 --steps 60 {COMMON}"
     )
     seen, new = ([text for text in texts for _ in range(96 // len(texts))] for texts in (PAIRS, OTHERS))
     size = rewards.JPEG(+1)
     before = {"seen": pictures(shop.base, seen, 0), "new": pictures(shop.base, new, 1000)}
     rows, sheets, shown = [], [], [before["seen"][::12]]
     for run_name, sign in (("compressibility", -1), ("incompressibility", +1)):
-        run = shop.train("ddpo", run_name, f"--reward {run_name} --steps 100 {words}", common="")
+        run = shop.train("ddpo", run_name, f"--reward {run_name} {words}", common="")
         for kind, asked, seed in (("seen", seen, 0), ("new", new, 1000)):
             after = tuned(shop, run, asked, seed)
             base, found = (size(x, asked) for x in (before[kind], after))
@@ -127,13 +128,13 @@ def jpeg(shop: "Workshop") -> Result:
 def alignment(shop: "Workshop") -> Result:
     """More of what the prompt says."""
     words = (
-        "--reward checker --prompts world:two --batch 64 --repeat 4 --tracked 4 --least 4 --lr 3e-3 --steps 120 "
+        "--reward checker --prompts world:two --batch 64 --repeat 4 --tracked 4 --least 4 --lr 6e-3 --clip 0.05 --steps 60 "
         f"--watch held-out:two --watch-prompts 24 --watch-pictures 2 --watch-reward checker:all {COMMON}"
     )
     run = shop.train("ddpo", "checker", words, common="")
-    texts = [text for text, scene in world.held_out_prompts(2 * JUDGED, judge.SEED) if len(scene.things) == 2]
+    texts = of_world((2,), liking.COUNT, liking.SEED, held_out=True)  # those that DPO is judged on, and its noises
     whole, share = rewards.Checker(whole=True), rewards.Checker(whole=False)
-    before, after = pictures(shop.base, texts, FIRST_SEED), tuned(shop, run, texts, FIRST_SEED)
+    before, after = liking.both(shop, run / "checker.safetensors", texts)
     right = [whole(x, texts) for x in (before, after)]
     shares = [share(x, texts) for x in (before, after)]
     gain, margin = interval(right[1] - right[0])
@@ -152,7 +153,7 @@ def alignment(shop: "Workshop") -> Result:
             sheet(shop, "alignment", "Untuned, tuned: " + "; ".join(texts[:8]), [before[:8], after[:8]]),
             curves(shop, run, "reward over the updates, and the guards"),
         ],
-        {"prompts": len(texts), "seed": judge.SEED, **NOTED},
+        {"prompts": len(texts), "seed": liking.SEED, **NOTED},
     )
 
 
