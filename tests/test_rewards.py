@@ -279,7 +279,7 @@ def test_a_mix_is_cut_at_pluses_behind_which_a_reward_begins(spec, parts):
     ("spec", "what"),
     [
         ("beauty", "expected one of compressibility"), ("aesthetic", "needs files behind a colon"), ("", "NAME or WEIGHT"),
-        ("1.2.3*checker", "NAME or WEIGHT"), ("checker:most", "checker or checker:all"), ("nowhere.py", "no such file"),
+        ("1.2.3*checker", "expected one of"), ("checker:most", "checker or checker:all"), ("nowhere.py", "no such file"),
         ("aesthetic:clip", "expected aesthetic:CLIP,HEAD"), ("ask:nowhere.json", "cannot be read as JSON"),
         ("compressibility:50", "nothing behind a colon"),
     ],

@@ -53,7 +53,7 @@ LAYERS = {  # which linear layers and convolutions, by their names
 }
 LATE = ("up", "w2", "w2_a")  # begin as zero; LoRA+ has them learn faster
 # No business of who gets the file:
-FOLDERS = {"out", "resume", "accept_changes", "data", "captions", "cache", "validation", "prompts", "masks"}
+FOLDERS = {"out", "resume", "accept_changes", "data", "labels", "captions", "cache", "validation", "prompts", "masks"}
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,7 @@ from sdcore import image
 from sdcore.errors import ConfigError, TrainingError
 
 from . import checker, labels, world
+from .checkpoints import sha256
 
 
 class Reward:
@@ -141,8 +142,6 @@ class Own(Reward):
         return torch.as_tensor(self.function(pictures, prompts))
 
     def identity(self) -> object:
-        from .checkpoints import sha256
-
         return [self.name, sha256(self.path)]
 
 
@@ -227,8 +226,10 @@ MAKERS: dict[str, Callable[[str, Path, str | torch.device], Reward]] = {  # what
 }
 ALONE = ("compressibility", "incompressibility", "checker", "people")  # need nothing behind a colon
 # A mix is cut at a plus behind which a reward begins, for file names have pluses too.
-BEGIN = r"(?:-?[\d.]+(?:e-?\d+)?\*)?"
-CUT = rf"\+(?={BEGIN}(?:(?:{'|'.join(ALONE)})(?:[+:]|$)|(?:{'|'.join(MAKERS)}):|https?://|[\w./-]+\.py(?:\+|$)))"
+WEIGHT = r"-?(?:\d+\.?\d*|\.\d+)(?:e-?\d+)?"
+CUT = (
+    rf"\+(?=(?:{WEIGHT}\*)?(?:(?:{'|'.join(ALONE)})(?:[+:]|$)|(?:{'|'.join(MAKERS)}):|https?://|[\w./-]+\.py(?:\+|$)))"
+)
 
 
 def make(spec: str, out: Path | str, device: str | torch.device = "cpu") -> Reward:
@@ -238,14 +239,10 @@ def make(spec: str, out: Path | str, device: str | torch.device = "cpu") -> Rewa
     """
     parts = []
     for word in re.split(CUT, spec):
-        found = re.fullmatch(r"(?:(-?[\d.]+(?:e-?\d+)?)\*)?(.+)", word)
-        try:
-            weight = float(found[1] or 1) if found else None
-        except ValueError:
-            weight = None
-        if found is None or weight is None:
+        found = re.fullmatch(rf"(?:({WEIGHT})\*)?(.+)", word)
+        if found is None:
             raise ConfigError(f"reward {word!r}: expected NAME or WEIGHT*NAME, such as 0.5*compressibility")
-        parts.append((weight, one(found[2], Path(out), device)))
+        parts.append((float(found[1] or 1), one(found[2], Path(out), device)))
     return parts[0][1] if len(parts) == 1 and parts[0][0] == 1 else Mix(parts)
 
 
