@@ -90,12 +90,12 @@ def by_hand(task: DRaFT, step: int, learnt: int, copies: int = 1) -> torch.Tenso
         for s in table[: len(table) - learnt]:
             x = move(x, s)
     total = 0.0
-    for copy in range(copies):
+    for k in range(copies):
         for s in table[len(table) - learnt :]:
             x = move(x, s)
         pictures = (pipe.vae.decode(x / pipe.vae.config.scaling_factor) / 2 + 0.5).clamp(0, 1)
         total = total - (pictures[:, 0] - pictures[:, 2]).mean() * 10 / copies
-        if copy == 0:
+        if k == 0:
             first = x.detach()
         a = table[-1].alpha_bar
         x = first * a**0.5 + draw() * (1 - a) ** 0.5
