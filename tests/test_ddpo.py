@@ -321,7 +321,7 @@ def test_guards_see_what_the_reward_does_not(place, tmp_path):
     assert tuned["distance"] > 0 and tuned["held_out"] != fresh["held_out"] and tuned["diversity"] != 1
     with task.untuned():
         assert task.evaluate(4, tmp_path) == fresh
-    assert Image.open(tmp_path / "samples/step-00000002.png").size == (3 * 64, 2 * 64)
+    assert Image.open(tmp_path / "samples/step-00000002.png").size == (3 * 64 + 2 * 4, 2 * 64 + 4)
     assert Image.open(tmp_path / "curves.png").width == 5 * 300
     # Diversity by its definition, in numpy: root mean square distances of all pairs of a prompt.
     x = torch.rand(6, 2, 3)
