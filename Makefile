@@ -27,8 +27,8 @@ check: .venv/.test
 chapter: .venv/.run
 	$(BIN)/python -m sdcore.train.chapter
 
-# On a machine with an NVIDIA GPU: prove and measure into kernels/results/. PART=attention (norms, unet, unet-xl, pipeline, train)
-# does one part, each under nine minutes. GPU_PYTHON=python3 takes a Python that has torch already; nothing is downloaded then.
+# On a machine with an NVIDIA GPU: prove and measure into kernels/results/. PART=attention (norms, unet, unet-xl, pipeline, train,
+# train-lora) does one part, each under nine minutes. GPU_PYTHON=python3 takes a Python that has torch already; nothing is downloaded then.
 GPU_PYTHON ?= $(BIN)/python
 gpu: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),.venv/.test)
 	$(GPU_PYTHON) -c "import sdcore.kernels" || $(GPU_PYTHON) -m pip install --quiet --no-deps --no-build-isolation --editable .

@@ -85,7 +85,12 @@ def table(document: dict[str, Any]) -> str:
         f"{document['date'][:10]}.",
         "",
     ]
-    for part, head in (("unet", "steps a second"), ("pipeline", "ms a picture"), ("train", "samples a second")):
+    for part, head in (
+        ("unet", "steps a second"),
+        ("pipeline", "ms a picture"),
+        ("train", "samples a second"),
+        ("train-lora", "steps a second"),
+    ):
         found = [row for row in parts.get(part, {}).get("rows", []) if row.get("ms") is not None]
         if found:
             lines += [f"| {part} | by | {head} | times sdcore as written |", "|---|---|---|---|"]

@@ -1,7 +1,7 @@
 """`make gpu`: everything that needs an NVIDIA GPU, in parts of under nine minutes, the most telling first.
 
     make gpu                    all parts
-    make gpu PART=attention     one of them: attention norms unet pipeline train
+    make gpu PART=attention     one of them: attention norms unet unet-xl pipeline train train-lora
 
 Each part first proves (the kernels of the part against fp64 on every shape, forward and backward; the bundled model against the
 CPU; compute-sanitizer's memcheck where it is installed), then measures, and adds what it found to
@@ -15,6 +15,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,7 +27,7 @@ from sdcore.kernels.shapes import Call
 from sdcore.kernels.subjects import SUBJECTS
 
 ROOT = Path(__file__).parents[1]
-PARTS = ("attention", "norms", "unet", "unet-xl", "pipeline", "train")
+PARTS = ("attention", "norms", "unet", "unet-xl", "pipeline", "train", "train-lora")
 OF = {
     "attention": ("attention",),
     "norms": ("group_norm_silu", "layer_norm", "geglu", "add_layer_norm", "group_norm", "guidance_step", "upsample_conv",
@@ -45,6 +46,8 @@ def run(part: str, device: torch.device) -> dict[str, Any]:
     if part in OF:
         found["memcheck"] = memcheck(OF[part])
         document = kernels(part, device, deadline)
+    elif part == "train-lora":
+        document = lora(device)
     elif part.startswith("unet"):
         document = models.bench(
             "unet", [models.ON_GPU[part == "unet-xl"]], device, torch.bfloat16, deadline=deadline, say=say
@@ -63,6 +66,17 @@ def kernels(part: str, device: torch.device, deadline: float) -> dict[str, Any]:
     document["rows"] += more["rows"]
     document["left_out"] += [f"training: {name}" for name in more["left_out"]]
     return document
+
+
+def lora(device: torch.device) -> dict[str, Any]:
+    """Steps of LoRA training beside diffusers with PEFT, which train/bench.py measures, in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "rows.json"
+        words = ["-m", "sdcore.train.bench", "--minutes", str(MINUTES - 1.5), "--json", str(path)]
+        done = finished([sys.executable, *words], 60 * MINUTES)
+        rows = json.loads(path.read_text()) if path.exists() else []
+    left_out = [] if rows else [f"all of it: exit {done['exit']}"]
+    return {"what": "train-lora", **measure.header(device), "dtype": "bf16", "rows": rows, "left_out": left_out}
 
 
 def prove(part: str) -> dict[str, Any]:

@@ -76,6 +76,7 @@ class TrainControlNet(Tune):
 
     options: ControlNetOptions
     net: ControlNet | None = None
+    reads = ("texts", "control")
 
     def begin(self) -> None:
         self.controls: dict[Path, tuple[Path, str]] = {}  # of a picture: its control's file and hash; empty with Canny

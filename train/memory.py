@@ -300,8 +300,11 @@ def largest(pictures: Pictures) -> int:
 
 
 def blank(latents: Latents, visits: list[Visit]) -> tuple[Tensor, Tensor, Tensor | None]:
-    """What `latents` would give for visits, without looking at a picture."""
-    config, (W, H) = latents.vae.config, visits[0].view.size
+    """What `latents` would give for visits, without looking at a picture; the autoencoder, where it has to, encodes one."""
+    config, like, (W, H) = latents.vae.config, next(latents.vae.parameters()), visits[0].view.size
+    if not like.is_meta:
+        with torch.no_grad(), torch.autocast(like.device.type, enabled=False):
+            latents.vae.encode(torch.zeros(1, 3, H, W).to(like))
     mean, std = (torch.zeros(len(visits), config.latent_channels, H // config.factor, W // config.factor) for _ in "ab")
     masked = any(visit.item.mask for visit in visits)
     return mean, std, torch.ones(len(visits), 1, H, W) if masked else None
