@@ -15,7 +15,7 @@ from sdcore.train.dreambooth import DreamBooth, DreamBoothOptions
 
 from sdcore.errors import TrainingError
 
-sharding.LARGE = 2000  # so that layers of a small network are gathered by themselves
+sharding.LARGE = 20_000  # so that layers of a small network are gathered by themselves
 
 
 class Watched(DreamBooth):
@@ -56,11 +56,11 @@ def main(folder: Path) -> None:
     for name, shard in (("whole", False), ("shards", True)):
         task = train(replace(o, shard=shard, out=str(folder / name)))
         (folder / f"shown-{name}-{rank}.json").write_text(json.dumps(task.shown))
-    a = replace(o, shard=True, optimiser="adamw", accumulate=2, eval_every=0, best=None)
+    a = replace(o, shard=True, optimiser="adamw", accumulate=2, resolution=64, eval_every=0, best=None)
     train(replace(a, out=str(folder / "adamw")))
     b = replace(a, out=str(folder / "cut"))
     try:
-        train(b, dies=2)
+        train(b, dies=1)
     except InterruptedError:
         train(replace(b, resume=True))
 
@@ -74,7 +74,7 @@ def main(folder: Path) -> None:
 
     sharding.HuggingFaceStorageWriter.write_data = full
     try:
-        train(replace(b, resume=True, steps=4, accept_changes=True))
+        train(replace(b, resume=True, steps=3, accept_changes=True))
     except TrainingError as error:
         (folder / f"error-{rank}.txt").write_text(str(error))
 

@@ -25,8 +25,8 @@ def done(place, tmp_path_factory):  # noqa: F811
     folder = tmp_path_factory.mktemp("processes")
     o = options(
         DreamBoothOptions, place, folder / "alone", captions="text:photo of a dog",
-        text_encoder=True, batch=4, steps=3, optimiser="sgd", lr=0.05, weight_decay=0.0, ema=0.5, save_every=1, keep=2,
-        eval_every=3, validation=place.pictures, validation_draws=1, best="validation_loss:min",
+        text_encoder=True, batch=4, steps=2, optimiser="sgd", lr=0.05, weight_decay=0.0, ema=0.5, save_every=1, keep=2,
+        eval_every=2, validation=place.pictures, validation_draws=1, best="validation_loss:min",
     )  # fmt: skip
     (folder / "options.json").write_text(json.dumps(o.__dict__))
     run = [*TORCHRUN, "-m", "tests.processes", str(folder)]
@@ -37,7 +37,7 @@ def done(place, tmp_path_factory):  # noqa: F811
 
 @pytest.fixture(scope="module")
 def alone(done):
-    """One process, the same batch: the gradients of the first step, and where three steps of SGD lead."""
+    """One process, the same batch: the gradients of the first step, and where two steps of SGD lead."""
     _, o = done
     now = state.State(DreamBooth(o, tuning.load(o)), o, ranks.Ranks())
     figures = now.gradients(0)
@@ -73,7 +73,7 @@ def test_two_processes_have_the_gradients_and_the_weights_of_one(done, alone, mo
     length = sum(g.square().sum() for g in wanted.values()).sqrt()
     for name, want in wanted.items():
         assert (found[name] - want).norm() <= 1e-5 * want.norm() + 4 * 2**-24 * length, name
-    newest = folder / mode / "checkpoints/step-00000003"
+    newest = folder / mode / "checkpoints/step-00000002"
     tensors = whole(newest) if mode == "shards" else load_file(newest / "state.safetensors")
     assert tensors.keys() == weights.keys()
     for name, want in weights.items():
@@ -93,16 +93,16 @@ def test_shares_of_the_data_never_overlap(done):
 
 def test_shards_resume_to_the_same_bits_and_say_what_went_wrong(done):
     folder, _ = done
-    one, other = (whole(folder / run / "checkpoints/step-00000003") for run in ("adamw", "cut"))
+    one, other = (whole(folder / run / "checkpoints/step-00000002") for run in ("adamw", "cut"))
     assert_same_bits(one, other)
     assert {name.split("/")[0] for name in one} == {"weights", "average", "optimiser"}
-    files = sorted((folder / "cut/checkpoints/step-00000003").glob("*.safetensors"))
+    files = sorted((folder / "cut/checkpoints/step-00000002").glob("*.safetensors"))
     sizes = [path.stat().st_size for path in files]
     assert len(files) == 2 and abs(sizes[0] - sizes[1]) < 0.05 * sum(sizes)  # each has written its half
     for rank in (0, 1):
         words = (folder / f"error-{rank}.txt").read_text()
         assert "No space left" in words and "older checkpoints are intact" in words
-    assert sorted(c.name for c in (folder / "cut/checkpoints").iterdir()) == ["step-00000002", "step-00000003"]
+    assert sorted(c.name for c in (folder / "cut/checkpoints").iterdir()) == ["step-00000001", "step-00000002"]
 
 
 def test_shards_are_evaluated_and_exported_whole(done, alone):
@@ -128,7 +128,7 @@ def test_shards_are_evaluated_and_exported_whole(done, alone):
 def test_a_run_in_shards_is_not_taken_for_another(done, place, tmp_path):  # noqa: F811
     folder, o = done
     given = o.__dict__ | dict(
-        optimiser="adamw", accumulate=2, eval_every=0, best=None, out=str(folder / "cut"), resume=True
+        optimiser="adamw", accumulate=2, resolution=64, eval_every=0, best=None, out=str(folder / "cut"), resume=True
     )
     with pytest.raises(TrainingError, match="processes: was 2, is 1"):
         loop.run(DreamBooth(p := DreamBoothOptions(**given), tuning.load(p)), p)
@@ -151,5 +151,5 @@ def test_another_number_of_processes_reads_shards(done):
         kept, 2, ranks.Ranks(), lambda name, shape, dtype: torch.empty(shape, dtype=dtype)
     )
     found, numbers = reader.newest()
-    assert_same_bits(found, whole(kept / "step-00000003"))
-    assert numbers["step"] == 3 and numbers["processes"] == 2
+    assert_same_bits(found, whole(kept / "step-00000002"))
+    assert numbers["step"] == 2 and numbers["processes"] == 2

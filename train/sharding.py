@@ -49,11 +49,12 @@ def cut(modules: nn.ModuleDict, world: int, optimiser: str) -> None:
         raise TrainingError(
             f"--shard: goes with --optimiser {', '.join(ENTRYWISE)}; {optimiser} has to see weights whole"
         )
-    # Nothing here works in place on what a layer gives, against which torch warns at each.
-    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     for name, network in modules.items():
         if type(network).forward is nn.Module.forward:
             raise TrainingError(f"--shard: {name} is small and acts within another network; leave --shard out")
+    # Nothing here works in place on what a layer gives, against which torch warns at each.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
+    for network in modules.values():
         mesh = init_device_mesh(next(network.parameters()).device.type, (world,))
         layers = [m for m in network.modules() if isinstance(m, nn.Linear | nn.Conv2d) and size(m) >= LARGE]
         for module in [*(layer for layer in layers if layer is not network), network]:
