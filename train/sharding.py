@@ -59,10 +59,9 @@ def cut(modules: nn.ModuleDict, world: int, optimiser: str) -> None:
         layers = [m for m in network.modules() if isinstance(m, nn.Linear | nn.Conv2d) and size(m) >= LARGE]
         for module in [*(layer for layer in layers if layer is not network), network]:
             unit = fully_shard(module, mesh=mesh, reshard_after_forward=True)
-            unit.set_gradient_divide_factor(
-                1.0
-            )  # a sum over processes: `State.gradients` divides by what it is a mean over
-            unit.set_force_sum_reduction_for_comms(True)  # gloo can do no other
+            # Gradients are summed over processes: `State.gradients` divides by what they are a mean over. (gloo can only sum.)
+            unit.set_gradient_divide_factor(1.0)
+            unit.set_force_sum_reduction_for_comms(True)
 
 
 def size(layer: nn.Module) -> int:
