@@ -133,6 +133,19 @@ class Attention(unet.Attention, Prepared):
         return self.linear(y, "out", self.to_out[0], residual=None if residual is None else widen(residual, y))
 
 
+class Linear(Prepared):
+    """A linear layer by itself."""
+
+    source: nn.Linear
+
+    def __init__(self, source: nn.Linear, products: Products = PYTORCH):
+        super().__init__(products)
+        self.source = source
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x, "weight", self.source)
+
+
 class FeedForward(Prepared):
     """`unet.FeedForward`, and what it is added to."""
 
@@ -162,7 +175,7 @@ class TransformerLayer(unet.TransformerLayer):
 
     def look(self, attention: nn.Module, tokens: Tensor, keys_values: KeysValues | None, x: Tensor) -> Tensor:
         """An attention's answer on top of x."""
-        if isinstance(attention, Attention) and not isinstance(attention, variants.SelfSatisfied):
+        if isinstance(attention, Attention):  # not where guidance has put another in its place
             return attention(tokens, keys_values, x)
         y = attention(tokens, keys_values)
         return y + widen(x, y)
@@ -240,7 +253,7 @@ class UpsampleConv(Prepared):
         if size is not None and tuple(size) != (2 * x.shape[-2], 2 * x.shape[-1]):  # halving had rounded up
             return self.conv(F.interpolate(x, size=size, mode="nearest"))
         bias = self.prepared("bias", lambda: bias_of(self.conv.source))
-        if multiplies_itself(x):
+        if self.products.winograd and multiplies_itself(x):
             transformed = self.prepared("transformed", lambda: winograd.transform_upsampled(self.conv.weight()))
             return winograd.upsample_conv3x3(x, transformed, bias)
         return self.products.upsample(x, self.prepared("folded", self.folded), bias)
@@ -263,6 +276,7 @@ def tiles(x: Tensor) -> int:
 BLOCKS: dict[type, type] = {
     unet.Resnet: Resnet,
     unet.TransformerLayer: TransformerLayer,
+    unet.Transformer: unet.Transformer,
     vae.Resnet: DecoderResnet,
 }
 
@@ -278,7 +292,8 @@ def replacement(products: Products = PYTORCH) -> Callable[[nn.Module], nn.Module
 
     def replace(module: nn.Module) -> nn.Module | None:
         if type(module) in BLOCKS:
-            return recast(module, BLOCKS[type(module)], {"conv_shortcut": exact})
+            own = {"conv_shortcut": exact, "proj_in": projection, "proj_out": projection}
+            return recast(module, BLOCKS[type(module)], own)
         if isinstance(module, unet.Attention):
             return Attention(module, products)
         if isinstance(module, unet.FeedForward):
@@ -286,6 +301,9 @@ def replacement(products: Products = PYTORCH) -> Callable[[nn.Module], nn.Module
         if isinstance(module, (unet.Upsample, vae.Upsample)):
             return UpsampleConv(module, products.exact)
         return convolution(module, products)
+
+    def projection(module: nn.Module) -> nn.Module | None:
+        return Linear(module, products) if isinstance(module, nn.Linear) else replace(module)
 
     def exact(module: nn.Module) -> nn.Module | None:
         return convolution(module, products.exact)

@@ -809,6 +809,27 @@ def test_time_of_a_unet_step():
 
 @pytest.mark.check
 @torch.no_grad()
+@pytest.mark.parametrize("side", [32, 64], ids=["256px", "512px"])
+def test_time_of_merged_tokens(side):
+    """SD 1.5 with guidance, processor seconds of a step with half of the tokens merged over those of one without."""
+    ours = peers.twins(unet.SD15)[0]
+    (x, _, context, _, _), _ = peers.inputs(unet.SD15, (side, side))
+    fast = fused.mirror(ours)
+    few = merging.merging(fast, 0.5)
+    kv, shifts = fast.keys_values(context), ours.time_shifts(ours.embed_time(torch.tensor([500.0])))
+    x, seconds = x[:1].contiguous(memory_format=LAST), {id(fast): [], id(few): []}
+    for _ in range(4):
+        for net in (fast, few):
+            begin = time.process_time()
+            net.step(x, shifts, kv)
+            seconds[id(net)].append(time.process_time() - begin)
+    whole, merged = (median(seconds[id(net)][1:]) for net in (fast, few))
+    print(f"{8 * side} px: {whole:.2f} s, half merged {merged:.2f} s: {merged / whole:.3f}")
+    assert merged <= 1.05 * whole
+
+
+@pytest.mark.check
+@torch.no_grad()
 def test_time_of_a_decode():
     """The autoencoder to 256 pixels: medians of pairs against diffusers, eager."""
     ours, theirs = peers.twins(vae.SD_VAE)
