@@ -5,6 +5,7 @@
 
 const STORE = "outbox " + location.pathname;   // of this tab; it outlives a reload
 const RETRY = 1000, LOOK = 2000, REST = 10000; // ms: server gone; nothing to rate now; pictures are there
+const NEAR = 4;                                // questions whose pictures are held: this one, and the next
 const SMALL = 256;                             // px: pictures up to this side are shown by their pixels
 
 const $ = (id) => document.getElementById(id);
@@ -132,7 +133,9 @@ function render() {
   if (!state) return;
   const { open, rated, last } = ahead();
   const question = open[0];
-  for (const one of open.slice(0, 4)) one.pictures.forEach(image); // the next ones are loaded while this one is looked at
+  const near = new Set(open.slice(0, NEAR).flatMap((one) => one.pictures));
+  near.forEach(image); // the next ones are loaded while this one is looked at
+  for (const hash of images.keys()) if (!near.has(hash)) images.delete(hash);
   $("progress").value = rated;
   $("progress").max = Math.max(state.asked, 1);
   $("count").textContent = `${rated} of ${state.asked}`;
