@@ -234,7 +234,8 @@ def rehearse(task: "Tune", ranks: Ranks, recomputed: set[str]) -> Rehearsal:
     step = largest(task.pictures)
     meter, fakes = Meter(), FakeTensorMode(allow_non_fake_inputs=True)
     with fakes:
-        known = [fakes.from_tensor(x) for part in parts.values() for x in (*part.parameters(), *part.buffers())]
+        there = [x for part in parts.values() for x in (*part.parameters(), *part.buffers()) if not x.is_meta]
+        known = [fakes.from_tensor(x) for x in there]
     for x in known:
         meter.know(x.untyped_storage())
     with ExitStack() as stack:
