@@ -13,7 +13,7 @@ worked out from the first rehearsal (`Rehearsal.peak_with`), and a second one, o
 recomputing every block is enough, the run is refused before its first step.
 
 The figures are bytes of tensors. What else a process has (the interpreter and its libraries, a GPU's context, what an
-allocator's rounding loses) comes on top, as does the work space inside single operations, except for convolutions on the CPU.
+allocator's rounding loses, the work space inside single operations) comes on top.
 
 Source: Griewank & Walther 2000 (recomputing), Chen et al. 2016 (by blocks of a network).
 """
@@ -119,17 +119,15 @@ class Meter(TorchDispatchMode):
         if func is torch.ops.aten._local_scalar_dense.default:
             return 1.0  # a number for the log: there is none
         out = func(*args, **(kwargs or {}))
-        results = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
-        for x in results:
-            self.count(x.untyped_storage())
+        for x in tree_leaves(out):
+            if isinstance(x, Tensor):
+                self.count(x.untyped_storage())
         packet = func._overloadpacket
         if packet in flop_registry:
             self.flop += flop_registry[packet](*args, **(kwargs or {}), out_val=out)
         elif packet is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
             q, k = args[:2]
             self.flop += 4 * q.numel() * k.shape[-2]
-        within = workspace(packet, args, results)
-        self.peak = max(self.peak, self.now + within)
         return out
 
     def count(self, storage: torch.UntypedStorage) -> None:
@@ -182,11 +180,6 @@ class Meter(TorchDispatchMode):
         self.alive[call] = name, sum(saved.values())
         total = self.blocks.setdefault(name, Block())
         total.saved, total.flop = total.saved + sum(saved.values()), total.flop + again
-
-
-def workspace(packet: Any, args: tuple, results: list[Tensor]) -> int:
-    """Bytes that an operation takes beside its arguments and results while it runs; what is known of it."""
-    return 0
 
 
 def outside(function: Callable) -> Callable:
