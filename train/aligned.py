@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 NOTED = {"steps": 4, "guidance": 1.0, "eta": 1.0}
 COMMON = (
-    "--draw-steps 4 --guidance 1 --until 0.8 --layers all --rank 8 --beta2 0.99 --cooldown 0 --save-every 5 --eval-every 20 "
+    "--draw-steps 4 --guidance 1 --until 0.5 --layers all --rank 8 --beta2 0.98 --cooldown 10 --save-every 5 --eval-every 10 "
     "--device cpu"
 )
 PAIRS = ("a green cross and a pink circle", "an orange square and a blue triangle", "a red star and a green square",
@@ -88,7 +88,7 @@ def jpeg(shop: "Workshop") -> Result:
             file.write("".join(f"{text}\n" for text in texts).encode())
     words = (
         f"--prompts {shop.folder / 'prompts.txt'} --watch {shop.folder / 'watched.txt'} --watch-pictures 4 "
-        f"--watch-reward checker --batch 48 --repeat 4 --tracked 16 --least 8 --lr 1e-2 --clip 0.08 --steps 60 {COMMON}"
+        f"--watch-reward checker --batch 48 --repeat 4 --tracked 16 --least 8 --lr 4e-3 --steps 60 {COMMON}"
     )
     seen, new = ([text for text in texts for _ in range(96 // len(texts))] for texts in (PAIRS, OTHERS))
     size = rewards.JPEG(+1)
@@ -128,7 +128,7 @@ def jpeg(shop: "Workshop") -> Result:
 def alignment(shop: "Workshop") -> Result:
     """More of what the prompt says."""
     words = (
-        "--reward checker --prompts world:two --batch 64 --repeat 4 --tracked 4 --least 4 --lr 6e-3 --clip 0.05 --steps 60 "
+        "--reward checker --prompts world:two --batch 64 --repeat 4 --tracked 4 --least 4 --lr 3e-3 --steps 60 "
         f"--watch held-out:two --watch-prompts 24 --watch-pictures 2 --watch-reward checker:all {COMMON}"
     )
     run = shop.train("ddpo", "checker", words, common="")
