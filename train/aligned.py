@@ -36,10 +36,7 @@ if TYPE_CHECKING:
     from .chapter import Workshop
 
 NOTED = {"steps": 4, "guidance": 1.0, "eta": 1.0}
-COMMON = (
-    "--draw-steps 4 --guidance 1 --until 0.5 --layers all --rank 8 --beta2 0.98 --cooldown 10 --save-every 5 --eval-every 10 "
-    "--device cpu"
-)
+COMMON = "--draw-steps 4 --guidance 1 --until 0.5 --layers all --rank 8 --beta2 0.98 --save-every 5 --device cpu"
 PAIRS = ("a green cross and a pink circle", "an orange square and a blue triangle", "a red star and a green square",
          "a pink heart and a yellow cross", "a red circle above a blue square", "a purple cross left of a yellow circle",
          "a blue star right of a pink triangle", "a yellow heart below a red square")  # fmt: skip
@@ -88,14 +85,15 @@ def jpeg(shop: "Workshop") -> Result:
             file.write("".join(f"{text}\n" for text in texts).encode())
     words = (
         f"--prompts {shop.folder / 'prompts.txt'} --watch {shop.folder / 'watched.txt'} --watch-pictures 4 "
-        f"--watch-reward checker --batch 48 --repeat 4 --tracked 16 --least 8 --lr 4e-3 --steps 60 {COMMON}"
+        f"--watch-reward checker --batch 48 --repeat 4 --tracked 16 --least 8 --lr 4e-3 {COMMON}"
     )
     seen, new = ([text for text in texts for _ in range(96 // len(texts))] for texts in (PAIRS, OTHERS))
     size = rewards.JPEG(+1)
     before = {"seen": pictures(shop.base, seen, 0), "new": pictures(shop.base, new, 1000)}
     rows, sheets, shown = [], [], [before["seen"][::12]]
-    for run_name, sign in (("compressibility", -1), ("incompressibility", +1)):
-        run = shop.train("ddpo", run_name, f"--reward {run_name} {words}", common="")
+    lengths = "--steps 28 --cooldown 12 --eval-every 7", "--steps 40 --cooldown 10 --eval-every 10"
+    for run_name, sign, length in (("compressibility", -1, lengths[0]), ("incompressibility", +1, lengths[1])):
+        run = shop.train("ddpo", run_name, f"--reward {run_name} {length} {words}", common="")
         for kind, asked, seed in (("seen", seen, 0), ("new", new, 1000)):
             after = tuned(shop, run, asked, seed)
             base, found = (size(x, asked) for x in (before[kind], after))
@@ -128,8 +126,9 @@ def jpeg(shop: "Workshop") -> Result:
 def alignment(shop: "Workshop") -> Result:
     """More of what the prompt says."""
     words = (
-        "--reward checker --prompts world:two --batch 64 --repeat 4 --tracked 4 --least 4 --lr 3e-3 --steps 60 "
-        f"--watch held-out:two --watch-prompts 24 --watch-pictures 2 --watch-reward checker:all {COMMON}"
+        "--reward checker --prompts world:two --batch 64 --repeat 4 --tracked 4 --least 4 --lr 3e-3 --steps 60 --cooldown 10 "
+        "--watch held-out:two --watch-prompts 24 --watch-pictures 2 --watch-reward checker:all --eval-every 10 "
+        f"{COMMON}"
     )
     run = shop.train("ddpo", "checker", words, common="")
     texts = of_world((2,), liking.COUNT, liking.SEED, held_out=True)  # those that DPO is judged on, and its noises
