@@ -64,7 +64,9 @@ class Log:
             self.board.close()
 
 
-def draw_curve(log: Path, png: Path, key: str = "loss", size: tuple[int, int] = (800, 400)) -> None:
+def draw_curve(
+    log: Path, png: Path, key: str = "loss", size: tuple[int, int] = (800, 400), smoothing: float = 0.9
+) -> None:
     """Draw `key` over the steps, logarithmic upwards, from the lines of a log. Nothing is drawn from fewer than two points."""
     points: dict[int, float] = {}
     for line in log.read_text().splitlines():
@@ -93,7 +95,7 @@ def draw_curve(log: Path, png: Path, key: str = "loss", size: tuple[int, int] = 
     draw.line([place(s, v) for s, v in zip(steps, values, strict=True)], fill="#c8d6ea")
     smooth, trace = values[0], []
     for step, value in zip(steps, values, strict=True):
-        smooth += 0.1 * (value - smooth)
+        smooth += (1 - smoothing) * (value - smooth)
         trace.append(place(step, smooth))
     draw.line(trace, fill="#1f4e99", width=2)
     draw.text((left + 5, 3), key, fill="#1f4e99")
