@@ -185,7 +185,10 @@ def test_what_optimisers_keep(name):
         p.grad = torch.randn_like(p)
     built.step()
     tensors = [x for p in parameters.values() for x in built.state[p].values() if isinstance(x, torch.Tensor)]
-    kept, said = sum(x.nbytes for x in tensors), sum(memory.KEPT[name](p) for p in parameters.values())
+    once = {
+        x.data_ptr(): x.nbytes for x in tensors if x.numel() != 256
+    }  # not the tables that all share
+    kept, said = sum(once.values()), sum(memory.KEPT[name](p) for p in parameters.values())
     assert said <= kept <= said + 0.002 * said + 3 * 16, (said, kept)
 
 

@@ -74,7 +74,8 @@ def _adafactor(p: Tensor) -> int:
 KEPT: dict[str, Callable[[Tensor], int]] = {  # optimiser -> bytes that it keeps for a parameter
     "sgd": lambda p: 0,
     "adamw": lambda p: 8 * p.numel(),
-    "adamw8bit": lambda p: 2 * p.numel() if p.numel() >= 4096 else 8 * p.numel(),  # small ones it keeps in fp32
+    # A scale for every 256 numbers beside the bytes; what is small it keeps in fp32.
+    "adamw8bit": lambda p: 2 * p.numel() + 8 * -(-p.numel() // 256) if p.numel() >= 4096 else 8 * p.numel(),
     "lion": lambda p: 4 * p.numel(),
     "adafactor": _adafactor,
     "prodigy": lambda p: 16 * p.numel(),
