@@ -279,7 +279,8 @@ def textual_inversion(shop: Workshop) -> Result:
     before = hashes(folder)
     data = lessons.pictures("look", shop.folder / "pictures")
     words = f'--data {data} --captions txt --token "{lessons.WORD}" --initial "green striped" --vectors 2'
-    run = shop.train("textual-inversion", "look", f"{words} --steps 300 --batch 8 --repeats 2 --lr 1e-2 --cooldown 100")
+    more = "--steps 250 --batch 8 --repeats 2 --lr 2e-3 --warmup 0 --cooldown 100 --range 0.3,1"
+    run = shop.train("textual-inversion", "look", f"{words} {more}")
 
     asked = shop.asked("look")
     without = [one.text.replace(lessons.WORD, " ".join(world.LOOK)) for one in asked]  # the world's own words for it
@@ -297,6 +298,8 @@ def textual_inversion(shop: Workshop) -> Result:
         [
             Row("look right", lessons.share(asked, tuned, look), 0.7, False, lessons.share(asked, untuned, look),
                 lessons.ceiling(vae, asked, look), shop.alarms("look")),
+            Row("look right, of one thing", lessons.share(asked[::2], tuned[::2], look)),
+            Row("look right, of two things", lessons.share(asked[1::2], tuned[1::2], look)),
             Row("everything that was said right", lessons.share(asked, tuned, everything), None, False,
                 lessons.share(asked, untuned, everything), lessons.ceiling(vae, asked, everything),
                 lessons.chance(asked, tuned, everything)),
