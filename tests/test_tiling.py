@@ -319,6 +319,7 @@ HEAD = """# Tiled decoding and encoding
 `python -m tests.test_tiling`, {date}, torch {torch}, fp32 on the CPU. The SD autoencoder at full size with random weights, each
 way in a process of its own; the peak is that process's (VmHWM), of which {before:.2f} GiB are torch and the weights.
 Differences are from the whole, in steps of 1/255 of a picture's range (for encoding: of the mean and log-variance times 127.5).
+Seconds are the clock's, whatever else the machine did meanwhile.
 
 | what | way | seconds | peak, GiB | max difference | mean difference |
 |---|---|---|---|---|---|
