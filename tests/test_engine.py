@@ -681,15 +681,16 @@ def test_where_tokens_are_merged(pipelines):
     """Before the self-attentions of the highest resolution, nowhere else; a picture twice is the same picture."""
     pipe, fast = pipelines()
     few = sdcore.accelerate(pipe, merge=0.5)
-    seen = {}
-    for name, module in few.mirror(pipe.unet).twin.named_modules():
-        if name.endswith(("attn1", "attn2")):
-            module.register_forward_pre_hook(lambda m, args, name=name: seen.setdefault(name, args[0].shape[1]))
+    seen, plain = {}, {}
+    for pipe_, sizes in ((few, seen), (fast, plain)):
+        for name, module in pipe_.mirror(pipe.unet).twin.named_modules():
+            if name.endswith(("attn1", "attn2")):
+
+                def note(module, args, name=name, sizes=sizes):
+                    sizes[name] = args[0].shape[1]
+
+                module.register_forward_pre_hook(note)
     first, again = (few("red circle", **TOLD).latents for _ in range(2))
-    plain = {}
-    for name, module in fast.mirror(pipe.unet).twin.named_modules():
-        if name.endswith(("attn1", "attn2")):
-            module.register_forward_pre_hook(lambda m, args, name=name: plain.setdefault(name, args[0].shape[1]))
     exact = fast("red circle", **TOLD).latents
     most = max(plain.values())
     assert seen == {n: s // 2 if n.endswith("attn1") and s == most else s for n, s in plain.items()}
