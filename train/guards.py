@@ -90,9 +90,11 @@ class Guards:
         shown = image.to_pictures(torch.cat([self.pictures[first], pictures[first]]) * 2 - 1)
         image.grid(shown, columns=len(first)).save(out / "samples" / f"step-{step:08d}.png")
         moved = (latents - self.before).square().flatten(1).mean(dim=1).sqrt().mean().item()
-        return self.worth(pictures) | {
+        return {
+            **self.worth(pictures),
             "diversity": spread(pictures, self.m) / max(self.spread, 1e-12),
             "distance": moved / max(self.step, 1e-12),
+            **{f"{name}_untuned": self.base[name] for name in self.asked},
         }
 
 
