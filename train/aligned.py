@@ -35,6 +35,12 @@ from .report import Result, Row, Sheet
 if TYPE_CHECKING:
     from .chapter import Workshop
 
+HEAD = """# DDPO on the bundled model
+
+Written by `python -m sdcore.train.aligned --record`. Untuned: the model as it ships, on the same prompts and noises. Curves: the
+reward over the updates, then the guards on prompts that nothing was learnt from (train/guards.py).
+
+"""
 NOTED = {"steps": 4, "guidance": 1.0, "eta": 1.0}
 COMMON = "--draw-steps 4 --guidance 1 --until 0.5 --layers all --rank 8 --beta2 0.98 --save-every 5 --device cpu"
 PAIRS = ("a green cross and a pink circle", "an orange square and a blue triangle", "a red star and a green square",
@@ -69,6 +75,7 @@ def sheet(shop: "Workshop", name: str, words: str, rows: Sequence[Tensor]) -> Sh
 def curves(shop: "Workshop", run: Path, words: str) -> Sheet:
     """The run's own picture of its reward and guards."""
     shutil.copy(run / "curves.png", shop.folder / f"curves-{run.name}.png")
+    shop.curves.clear()  # the loss of a policy gradient goes nowhere
     return Sheet(f"curves-{run.name}.png", words)
 
 
@@ -170,8 +177,9 @@ def main(argv: list[str] | None = None) -> int:
         for result in results:
             for one in result.sheets:
                 shutil.copy(Path(options.out) / result.name / one.file, docs / report.named(result, one))
+        text = report.markdown(results, "..")
         with files.replacing(docs / "reports/ddpo.md") as file:
-            file.write(report.markdown(results, "..").encode())
+            file.write((HEAD + text[text.index("## ") :]).encode())
     print(report.table(results))
     print(f"the runs are in {options.out}", file=sys.stderr)
     return 0

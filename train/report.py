@@ -86,7 +86,7 @@ def shown(value: float | None, unit: str) -> str:
         return ""
     if unit in ("%", "points"):
         return f"{100 * value:.1f} {unit}"
-    return f"{value:.3g} {unit}".strip()
+    return f"{value:.4g} {unit}".strip()
 
 
 HEAD = ("", "got", "aim", "untuned", "ceiling", "chance")
@@ -105,7 +105,8 @@ def cells(row: Row) -> tuple[str, ...]:
 def spent(result: Result) -> str:
     """What it took and how it was judged, in a sentence."""
     judged = ", ".join(f"{key} {value}" for key, value in result.judged.items())
-    return f"Trained in {result.processor:.0f} processor seconds ({result.clock:.0f} s by the clock). Judged with {judged}."
+    took = f"Trained in {result.processor:.0f} processor seconds ({result.clock:.0f} s by the clock)."
+    return f"{took if result.processor else 'What training took was not kept.'} Judged with {judged}."
 
 
 # --------------------------------------------------------------------------------------------------------------------- Markdown
