@@ -80,9 +80,11 @@ def test_sides_are_even_and_stay(tmp_path):
     assert 15 <= sides.count("a") <= 45 and sides == [q.left for q in labels.questions(tmp_path).values()]
 
 
-@pytest.mark.parametrize("name", ["", "../labels.jsonl", "0" * 64, "..", "A" * 64, "0" * 63 + "\n"])
+@pytest.mark.parametrize("name", ["", "../x", "0" * 63 + "/../../x", "0" * 64, "..", "A" * 64, "0" * 63 + "\n"])
 def test_a_picture_is_had_by_its_hash_alone(tmp_path, name):
     ask(tmp_path, pairs(1))
+    plain(1, 1, 1).save(home(tmp_path) / "x.png")  # there, but no picture of a pair
+    (home(tmp_path) / "pictures" / ("0" * 63)).mkdir()
     with pytest.raises(ImageError, match="no picture"):
         labels.picture(tmp_path, name)
 
@@ -179,6 +181,16 @@ def _crowd(run, keys, seed):
     threads = [threading.Thread(target=answer, args=(10 * seed + i,)) for i in range(2)]
     [thread.start() for thread in threads]
     [thread.join() for thread in threads]
+
+
+def test_nobody_writes_between_another_writers_look_and_its_line(tmp_path, monkeypatch):
+    (key,) = ask(tmp_path, pairs(1))
+    standing = labels._standing
+    monkeypatch.setattr(labels, "_standing", lambda records: time.sleep(0.1) or standing(records))
+    threads = [threading.Thread(target=append, args=(tmp_path, key, "a")) for _ in range(4)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    assert len(lines(tmp_path)) == 1
 
 
 # --- what goes wrong

@@ -288,10 +288,10 @@ def test_an_answer_against_one_that_stands_is_refused(server):
 @pytest.mark.parametrize("headers, status", [
     ({"Content-Length": None, "Transfer-Encoding": "chunked"}, 411), ({"Content-Length": "-1"}, 411),
     ({"Content-Length": "1e3"}, 411), ({"Content-Length": "²"}, 411), ({"Content-Length": "1001"}, 413),
-    ({"Content-Length": "9" * 30}, 413),
+    ({"Content-Length": "9" * 30}, 413), ({"Content-Length": "2", "Transfer-Encoding": "chunked"}, 411),
 ])  # fmt: skip
 def test_a_body_without_a_sound_length_is_refused_unread(server, headers, status):
-    headers = {name: value.encode() if value else value for name, value in headers.items()}
+    headers = {name: value and value.encode("latin-1") for name, value in headers.items()}
     assert request(server, "POST", "answer", None, headers)[0] == status
 
 
