@@ -83,26 +83,23 @@ def whole(modules: nn.ModuleDict) -> Iterator[None]:
     for unit in units:
         unit.set_reshard_after_forward(False, recurse=False)
         unit.unshard()
-    cutting = {module: module._state_dict_pre_hooks for module in modules.modules()}
-    for module in cutting:
-        module._state_dict_pre_hooks = type(
-            module._state_dict_pre_hooks
-        )()  # FSDP's would cut up again before a state_dict
+    kept = [(module, module._state_dict_pre_hooks, dict(module._parameters)) for module in modules.modules()]
+    for module, hooks, parameters in kept:
+        module._state_dict_pre_hooks = type(hooks)()  # FSDP's would cut up again before a state_dict
+        for name, p in parameters.items():
+            if (
+                p is not None and p.device.type == "cpu"
+            ):  # what was lent to numpy (to write a file) could not be let go again
+                module._parameters[name] = nn.Parameter(p.detach().clone(), requires_grad=p.requires_grad)
     try:
         yield
     finally:
-        for module, hooks in cutting.items():
+        for module, hooks, parameters in kept:
             module._state_dict_pre_hooks = hooks
+            module._parameters.update(parameters)
         for unit in units:
             unit.reshard()
             unit.set_reshard_after_forward(True, recurse=False)
-
-
-def copies(module: nn.Module, state: dict[str, Tensor], prefix: str, _: object) -> None:
-    """Of a module's own parameters, copies in its state_dict: memory that is lent out (to numpy) could not be let go."""
-    for name in module._parameters:
-        if prefix + name in state:
-            state[prefix + name] = state[prefix + name].clone()
 
 
 class ShardedCheckpoints(Checkpoints):
