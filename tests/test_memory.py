@@ -185,9 +185,7 @@ def test_what_optimisers_keep(name):
         p.grad = torch.randn_like(p)
     built.step()
     tensors = [x for p in parameters.values() for x in built.state[p].values() if isinstance(x, torch.Tensor)]
-    once = {
-        x.data_ptr(): x.nbytes for x in tensors if x.numel() != 256
-    }  # not the tables that all share
+    once = {x.data_ptr(): x.nbytes for x in tensors if x.numel() != 256}  # not the tables that all share
     kept, said = sum(once.values()), sum(memory.KEPT[name](p) for p in parameters.values())
     assert said <= kept <= said + 0.002 * said + 3 * 16, (said, kept)
 
@@ -290,16 +288,17 @@ def weigh(**asked) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.check
 def test_a_small_model_takes_what_it_was_said_to_take():
     """Half its blocks recomputed or so. The system counts whole pages, and libraries have their work space: within 10 %."""
-    found = weigh(size="small", method="full", memory="330MiB", pixels=256, batch=2)
+    found = weigh(size="small", method="full", memory="between", pixels=256, batch=2)
     assert 0 < found["recomputed"] < found["blocks"]
     assert abs(found["planned"] / found["took"] - 1) <= 0.1, found
 
 
 SIZES = [
     dict(size="sd15", method="lora", memory="none", rank=8),
-    dict(size="sd15", method="lora", memory="4.9GiB", rank=8),
+    dict(size="sd15", method="lora", memory="between", rank=8),
     dict(size="sd15", method="lora", memory="all", rank=8),
     dict(size="small", method="full", memory="none", batch=2),
     dict(size="small", method="full", memory="all", batch=2),
@@ -330,7 +329,7 @@ def test_a_step_at_sd15_size_takes_what_it_was_said_to_take():
         whole = f"{row['planned']:,.0f} | {row['took']:,.0f} | {100 * off:+.1f} %"
         lines.append(f"| {what} | {whole} | {row['planned'] - held:,.0f} | {row['took'] - held:,.0f} |")
         print(lines[-1], f"planning {row['planning']:.1f} processor s, a step {row['seconds']:.1f}")
-        if abs(off) > 0.1 or (asked["memory"] == "4.9GiB" and not 0 < row["recomputed"] < row["blocks"]):
+        if abs(off) > 0.1 or (asked["memory"] == "between" and not 0 < row["recomputed"] < row["blocks"]):
             wrong.append(row)
     where = f"torch {torch.__version__}, Linux, {time.strftime('%Y-%m-%d', time.gmtime())}."
     REPORT.write_text(HEAD.format(where=where) + "\n".join(lines) + "\n")

@@ -3,7 +3,7 @@
     python -m tests.weigh_step '{"size": "sd15", "method": "lora", "memory": "all"}'
 
 Prints one line of JSON. A model of official (or small) size, random weights, one picture; `memory` is "none" (every block is
-kept), "all" (every block is recomputed) or a budget. What was taken is the highest resident memory of two steps (the second one
+kept), "all" (every block is recomputed) or "between" (a budget half-way). What was taken is the highest resident memory of two steps (the second one
 has the optimiser's memory from its beginning), less what the process had before the model was made. glibc is told to fetch every
 block above 64 KiB from the system and to give it back at once: its own hoard is not the step's.
 """
@@ -98,8 +98,9 @@ def weigh(size: str, method: str, memory: str, pixels: int = 256, batch: int = 1
         if memory in ("none", "all"):
             chosen = everything if memory == "all" else set()
             found = planner.Plan(chosen, kept, planner.rehearse(task, alone, chosen) if chosen else kept)
-        else:
-            found = planner.plan(task, alone, planner.size(memory))
+        else:  # "between": a budget half-way between the two
+            least = planner.rehearse(task, alone, everything)
+            found = planner.plan(task, alone, (kept.peak + least.peak) // 2)
         planner.apply(task, found.recomputed)
         planned = time.process_time() - began
         state = State(task, o, alone)
