@@ -299,8 +299,8 @@ def test_a_body_without_a_sound_length_is_refused_unread(server, headers, status
     "../address.json", "pictures/../address.json", "pictures/..%2faddress.json", "pictures/%2e%2e/address.json",
     "address.json", "labels.jsonl", "pictures/", "pictures", "pictures/{name}.png", "pictures/{name}/", "pictures/{NAME}",
     "pictures/./{name}", "pictures//{name}", "pictures/{name}?", "pictures/{name}%00", "pictures/..\\..\\address.json",
-    "//etc/passwd", "page.html", "page.css/..", "rate.py", "./page.js", "%2e/page.js", "state/", "state?x=1", "answer",
-    "pictures/" + "0" * 64, "pictures/" + "a" * 5000,
+    "//etc/passwd", "page.html", "page.css/..", "rate.py", "./page.js", "%2e/page.js", "p%61ge.js", "state/", "state?x=1",
+    "answer", "pictures/" + "0" * 64, "pictures/" + "a" * 5000,
 ])  # fmt: skip
 def test_path_tricks_find_nothing(server, path):
     name = labels.questions(server.run)[key_of(server)].pictures[0]
