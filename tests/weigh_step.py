@@ -3,9 +3,9 @@
     python -m tests.weigh_step '{"size": "sd15", "method": "lora", "memory": "all"}'
 
 Prints one line of JSON. A model of official (or small) size, random weights, one picture; `memory` is "none" (every block is
-kept), "all" (every block is recomputed) or "between" (a budget half-way). What was taken is the highest resident memory of two steps (the second one
-has the optimiser's memory from its beginning), less what the process had before the model was made. glibc is told to fetch every
-block above 64 KiB from the system and to give it back at once: its own hoard is not the step's.
+kept), "all" (every block is recomputed) or "between" (a budget half-way). What was taken is the highest resident memory of two
+steps (the second one has the optimiser's memory from its beginning), less what the process had before the model was made. glibc
+is told to fetch every block above 64 KiB from the system and to give it back at once: its own hoard is not the step's.
 """
 
 import json

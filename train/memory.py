@@ -250,9 +250,8 @@ def rehearse(task: "Tune", ranks: Ranks, recomputed: set[str]) -> Rehearsal:
         for places in passes:
             dtype = PRECISIONS[o.precision]
             with torch.autocast(task.pipe.device.type, dtype, enabled=o.precision != "fp32"):
-                loss = task.loss(Part(o.seed, step, o.batch, places)).mean
-            loss.backward()
-            del loss
+                loss = task.loss(Part(o.seed, step, o.batch, places))  # there until the next one is, as in `State`
+            loss.mean.backward()
         meter.cut()
     weights, whole = sum(p.nbytes for p in trained), on_device(parts.values(), task.pipe.device)
     held = {
