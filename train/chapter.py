@@ -46,7 +46,7 @@ from .world import Scene
 
 JUDGED = 30_000  # seed of the prompts that the figures are of
 SAMPLER, STEPS, GUIDANCE = "dpmpp_2m", 15, 3.0  # how every picture is drawn
-COMMON = "--resolution 64 --guidance 3 --ema 0 --save-every 100 --log-every 5"  # of all methods here, on the bundled model
+COMMON = "--resolution 64 --guidance 3 --ema 0 --save-every 100 --log-every 5"  # of all methods here
 
 
 @dataclass(frozen=True)
