@@ -133,7 +133,9 @@ def scale_sinusoids(scale: Tensor, dim: int) -> Tensor:
 
 def widen(x: Tensor, like: Tensor) -> Tensor:
     """`x` [b, ...] with the rows of `like` [n b, ...]: all of it, n times over. As it is where `like` has no more rows."""
-    return x if len(x) >= len(like) else torch.cat([x] * (len(like) // len(x)))  # keeps channels last, `repeat` does not
+    return (
+        x if len(x) >= len(like) else torch.cat([x] * (len(like) // len(x)))
+    )  # keeps channels last, `repeat` does not
 
 
 def layout(x: Tensor) -> torch.memory_format:
