@@ -194,7 +194,7 @@ def test_a_block_that_runs_again_takes_the_same_from_what_it_shares():
     taken = memory.Taken(iter([1, 2, 3]))
     first = iter(taken)
     assert [next(first), next(first)] == [1, 2]
-    assert [x for x, _ in zip(taken, range(2), strict=False)] == [1, 2]
+    assert [x for _, x in zip(range(2), taken, strict=False)] == [1, 2]
     assert next(taken.source) == 3
 
 

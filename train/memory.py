@@ -120,10 +120,10 @@ class Meter(TorchDispatchMode):
         if func is torch.ops.aten._local_scalar_dense.default:
             return 1.0  # a number for the log: there is none
         out = func(*args, **(kwargs or {}))
-        for x in tree_leaves(out):
-            if isinstance(x, Tensor):
-                self.count(x.untyped_storage())
         packet = func._overloadpacket
+        for i, x in enumerate(tree_leaves(out)):
+            if isinstance(x, Tensor):
+                self.count(x.untyped_storage(), 2 if i and understated(packet, args, x) else 1)
         if packet in flop_registry:
             self.flop += flop_registry[packet](*args, **(kwargs or {}), out_val=out)
         elif packet is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
@@ -131,13 +131,13 @@ class Meter(TorchDispatchMode):
             self.flop += 4 * q.numel() * k.shape[-2]
         return out
 
-    def count(self, storage: torch.UntypedStorage) -> None:
+    def count(self, storage: torch.UntypedStorage, times: int = 1) -> None:
         if storage in self.born:
             return
         self.know(storage)
-        self.now += storage.nbytes()
+        self.now += times * storage.nbytes()
         self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self.gone, storage.nbytes())
+        weakref.finalize(storage, self.gone, times * storage.nbytes())
 
     def know(self, storage: torch.UntypedStorage) -> None:
         """Do not count this one: it was there before."""
@@ -194,6 +194,15 @@ def outside(function: Callable) -> Callable:
     return run
 
 
+def understated(packet: Any, args: tuple, x: Tensor) -> bool:
+    """Whether these are statistics of a norm that a CPU keeps in fp32, where PyTorch's stand-in says half precision."""
+    norms = torch.ops.aten.native_layer_norm, torch.ops.aten.native_group_norm
+    if packet not in norms or x.device.type != "cpu" or x.dtype == torch.float32:
+        return False
+    weight = args[2] if packet is norms[0] else args[1]
+    return weight is not None and weight.dtype == torch.float32
+
+
 # ------------------------------------------------------------------------------------------------------------------ rehearsing
 
 
@@ -233,7 +242,7 @@ def rehearse(task: "Tune", ranks: Ranks, recomputed: set[str]) -> Rehearsal:
     for x in known:
         meter.know(x.untyped_storage())
     with ExitStack() as stack:
-        stack.callback(lambda: [setattr(p, "grad", None) for p in trained])
+        stack.callback(forget, trained)
         for name, block in blocks(parts):
             stack.enter_context(replaced(block, "forward", metered(meter, name, block, name in recomputed)))
         stack.enter_context(replaced(task, "latents", partial(blank, task.latents)))
@@ -259,6 +268,12 @@ def rehearse(task: "Tune", ranks: Ranks, recomputed: set[str]) -> Rehearsal:
         "optimiser": sum(KEPT[o.optimiser](p) for p in trained),
     }  # fmt: skip
     return Rehearsal(held, max(s.peak for s in meter.segments), meter.segments, meter.blocks)
+
+
+def forget(trained: Iterable[nn.Parameter]) -> None:
+    """Let gradients go."""
+    for p in trained:
+        p.grad = None
 
 
 def networks(task: "Tune") -> dict[str, nn.Module]:
