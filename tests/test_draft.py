@@ -1,7 +1,7 @@
 """DRaFT: its gradients against one autograd through a sampler written out, what each kind learns from, memory, exact resume.
 
-On a small random model of SDXL's shape. (The one of SD 1.5's magnifies rounding: what is off by a millionth at the start is off by
-half in the gradient through two steps, in autograd's own as well.)
+On a small random model of SDXL's shape. (The one of SD 1.5's magnifies rounding: what is off by a millionth at the start is
+off by half in the gradient through two steps, in autograd's own as well.)
 """
 
 import copy
