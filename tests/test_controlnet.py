@@ -511,7 +511,7 @@ def test_bad_control_loras(tmp_path, fault):
 
 
 def test_a_name_that_is_not_known(tmp_path):
-    with pytest.raises(CheckpointError, match="no control known here; known are canny-sd15"):
+    with pytest.raises(CheckpointError, match="no control known here; known are canny-tiny, canny-sd15"):
         controls.resolve("cany")
     with pytest.raises(CheckpointError, match="no such file"):
         controls.resolve(str(tmp_path / "none.safetensors"))
