@@ -121,6 +121,14 @@ def press(run: Path, page, pictures: list[str], right: bool = True) -> list[str]
     return shown(page, beside=pictures)
 
 
+def settle(page, run: Path, answered: int) -> None:
+    """Wait until so many answers are kept, and the page has had the time to fetch what comes next."""
+    end = time.monotonic() + 20
+    while len(labels.labels(run)) < answered and time.monotonic() < end:
+        time.sleep(0.02)
+    page.wait_for_timeout(1000)
+
+
 # --- forty pairs
 
 
@@ -139,6 +147,8 @@ def rate_all(run: Path, servers, page_of, kills: set[int], slip: int):
             pictures = press(run, page, pictures, right=False)
             page.keyboard.press("ArrowUp")
             pictures = shown(page, beside=pictures)
+        if place in kills:  # once the server has caught up, so that the page has the next pictures at hand
+            settle(page, run, place)
         page.keyboard.press("ArrowLeft" if warmer(run, pictures) == 0 else "ArrowRight")
         if place in kills:
             process.kill()
