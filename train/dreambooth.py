@@ -23,19 +23,19 @@ import copy
 import json
 import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from sdcore.weights import checkpoint as ck
 from sdcore.weights import convert, fetch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from sdcore import lora
 from sdcore.errors import ConfigError, TrainingError
+from sdcore.unet import UNet
 from sdcore.voices import Conditions
 
 from . import objectives
@@ -45,6 +45,7 @@ from .lora import LoRAOptions, TrainLoRA
 from .options import option, parse
 from .task import Loss, Part, generator
 from .tuning import Tune, load
+from .twin import replaced_by
 
 PRIORS = ("none", "pictures", "prediction")
 
@@ -88,7 +89,7 @@ class DreamBooth(TrainLoRA):
     """Fine-tuning on a subject, with a term that keeps its class."""
 
     options: DreamBoothOptions
-    frozen: nn.Module | None = None  # the UNet as it was, where its own weights train
+    frozen: UNet  # the UNet as it was, where its own weights train
 
     def begin(self) -> None:
         o = self.options
@@ -159,18 +160,9 @@ class DreamBooth(TrainLoRA):
         found = self.predict(noisy.x, noisy.t, self.context(prompts), visits)
         return objectives.weigh(replace(noisy, wanted=wanted.float()), found)[0]
 
-    @contextmanager
-    def untuned(self) -> Iterator[None]:
+    def untuned(self) -> AbstractContextManager[None]:
         """Inside the `with`, the pipeline's UNet is the one that it was."""
-        if self.options.adapter == "lora":
-            with self.lora.off():
-                yield
-            return
-        tuned, self.pipe.unet = self.pipe.unet, self.frozen  # type: ignore[assignment]
-        try:
-            yield
-        finally:
-            self.pipe.unet = tuned
+        return self.lora.off() if self.options.adapter == "lora" else replaced_by(self.pipe, self.frozen)
 
     # -------------------------------------------------------------------------------------------------- pictures of the class
 

@@ -12,8 +12,8 @@ Legend: n pictures, c h w latent, H W pixels, s tokens, d width of the text, p o
 """
 
 import copy
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -36,7 +36,7 @@ from .options import option
 from .prompts import LISTS, prompts
 from .task import LoopOptions, Task, generator
 from .tuning import encode
-from .twin import write_model
+from .twin import replaced_by, write_model
 
 
 @dataclass(frozen=True)
@@ -132,18 +132,9 @@ class Policy(Task):
         """The steps of a picture."""
         return make_steps(self.pipe.scheduler, self.options.draw_steps, "ddim", self.options.spacing, eta=self.eta)
 
-    @contextmanager
-    def untuned(self) -> Iterator[None]:
+    def untuned(self) -> AbstractContextManager[None]:
         """Inside the `with`, the model is the one that it was."""
-        if self.lora is not None:
-            with self.lora.off():
-                yield
-            return
-        tuned, self.pipe.unet = self.pipe.unet, self.frozen
-        try:
-            yield
-        finally:
-            self.pipe.unet = tuned
+        return self.lora.off() if self.lora is not None else replaced_by(self.pipe, self.frozen)
 
     # ---------------------------------------------------------------------------------------------------------------- drawing
 

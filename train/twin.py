@@ -9,7 +9,7 @@ import copy
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,7 +18,9 @@ from sdcore.weights import convert, fetch
 from torch import nn
 
 from sdcore.errors import ConfigError
+from sdcore.pipeline import Pipeline
 from sdcore.scheduler import SchedulerConfig
+from sdcore.unet import UNet
 
 from .lora import LoRAOptions, TrainLoRA
 from .options import option
@@ -49,18 +51,9 @@ class Twin(TrainLoRA):
         Tune.begin(self)
         self.frozen = copy.deepcopy(self.pipe.unet).requires_grad_(False)
 
-    @contextmanager
-    def untuned(self) -> Iterator[None]:
+    def untuned(self) -> AbstractContextManager[None]:
         """Inside the `with`, the pipeline's UNet is the one that it was."""
-        if self.options.adapter == "lora":
-            with self.lora.off():
-                yield
-            return
-        tuned, self.pipe.unet = self.pipe.unet, self.frozen
-        try:
-            yield
-        finally:
-            self.pipe.unet = tuned
+        return self.lora.off() if self.options.adapter == "lora" else replaced_by(self.pipe, self.frozen)
 
     def export(self, out: Path) -> None:
         """The LoRA's files; or model/, a folder as diffusers has it, in the precision of the model that it came from."""
@@ -68,6 +61,16 @@ class Twin(TrainLoRA):
             super().export(out)
             return
         write_model(out, self.options.model, {"unet": self.modules["unet"]}, self.scheduler)
+
+
+@contextmanager
+def replaced_by(pipe: Pipeline, unet: UNet) -> Iterator[None]:
+    """Inside the `with`, a pipeline draws with another UNet."""
+    own, pipe.unet = pipe.unet, unet
+    try:
+        yield
+    finally:
+        pipe.unet = own
 
 
 def write_model(out: Path, model: str, parts: dict[str, nn.Module], told: SchedulerConfig | None = None) -> None:
