@@ -70,7 +70,7 @@ def accelerate(
         )
     if isinstance(deep_every, bool) or not isinstance(deep_every, int) or deep_every < 1:
         raise ConfigError(f"deep_every: expected a whole number from 1, found {deep_every!r:.80}")
-    if not 0 <= merge <= merging.MOST:
+    if isinstance(merge, bool) or not isinstance(merge, int | float) or not 0 <= merge <= merging.MOST:
         raise ConfigError(f"merge: expected a share from 0 to {merging.MOST}, found {merge!r:.80}")
     on_gpu = pipe.device.type == "cuda"
     if fp8 and on_gpu and torch.cuda.get_device_capability(pipe.device) < (8, 9):

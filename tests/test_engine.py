@@ -677,6 +677,12 @@ def test_nothing_merged_is_nothing_changed():
     assert torch.equal(merge.apart(merge.merged(x)), x)
 
 
+@pytest.mark.parametrize("wrong", [-0.1, 0.9, float("nan"), "half", True, None])
+def test_a_share_to_merge_that_is_none_is_refused(pipelines, wrong):
+    with pytest.raises(ConfigError, match="merge: expected a share from 0 to 0.75"):
+        sdcore.accelerate(pipelines()[0], merge=wrong)
+
+
 def test_where_tokens_are_merged(pipelines):
     """Before the self-attentions of the highest resolution, nowhere else; a picture twice is the same picture."""
     pipe, fast = pipelines()
