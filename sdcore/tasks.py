@@ -74,17 +74,48 @@ def canvas(
     feather: int,
 ) -> Canvas:
     """What the arguments of `Pipeline.steps` come to. ConfigError or ImageError where they do not fit each other or the model."""
-    kind, factor = kind_of(pipe), pipe.vae.config.factor
-    picture, latents = None, None
-    if isinstance(image, Tensor) and image.ndim == 4 and image.shape[1] == pipe.vae.config.latent_channels:
-        latents = image.float()
-        held = latents.shape[-1] * factor, latents.shape[-2] * factor
-    elif image is not None:
-        picture = pixels_of(image, "image", 3, -1.0)
-        held = picture.shape[-1], picture.shape[-2]
-        held = (held[0] * factor, held[1] * factor) if kind == "upscale" else held
-    needed = {"inpaint": "mask", "instruct": "image", "upscale": "image", "depth": "depth"}.get(kind)
-    if needed and {"mask": mask, "image": image, "depth": depth}[needed] is None:
+    kind = kind_of(pipe)
+    encoded = isinstance(image, Tensor) and image.ndim == 4 and image.shape[1] == pipe.vae.config.latent_channels
+    latents = image.float() if encoded else None
+    picture = None if encoded or image is None else pixels_of(image, "image", 3, -1.0)
+    check_kind(pipe, kind, picture, latents, mask, depth)
+    asked = size_of(pipe, kind, size, picture, latents)
+
+    painted = None if mask is None else (fitted(mask, "mask", asked) >= 0.5).float()
+    if painted is not None and not painted.any():
+        raise ImageError("mask: all black, so there is nothing to paint; white is what is painted")
+    near = None if depth is None else fitted(depth, "depth", asked, -math.inf)
+    if near is not None and (near.amax((1, 2, 3)) == near.amin((1, 2, 3))).any():
+        raise ImageError(
+            "depth: the same everywhere, so it says nothing of what is near; give a map with near and far in it"
+        )
+    if strength is None:
+        strength = 1.0 if mask is not None or image is None or kind in ("instruct", "upscale") else STRENGTH
+    share, places = strength_of(strength, asked)
+    if image is None and share < 1:
+        raise ConfigError("strength: has no meaning without image=")
+    if isinstance(feather, bool) or not isinstance(feather, int) or feather < 0:
+        raise ConfigError(f"feather: expected a whole number of pixels from 0, found {feather!r:.80}")
+    for name, value in (("image", picture), ("image", latents), ("mask", painted), ("strength", places)):
+        if value is not None and len(value) not in (1, pictures):
+            raise ConfigError(f"{name}: expected one, or one a picture ({pictures}), found {len(value)}")
+
+    factor = pipe.vae.config.factor
+    drawn = (-(-asked[0] // factor) * factor, -(-asked[1] // factor) * factor)
+    if picture is not None and kind != "upscale":
+        picture = filled(picture, drawn)
+    painted, near, places = (None if x is None else filled(x, drawn) for x in (painted, near, places))
+    return Canvas(kind, drawn, asked, picture, latents, painted, near, share, places, feather)
+
+
+def check_kind(
+    pipe: "Pipeline", kind: str, picture: Tensor | None, latents: Tensor | None, mask: Any, depth: Any
+) -> None:
+    """ConfigError where a model of this kind needs what was not given, or was given what it does not know."""
+    blank = picture is None and latents is None
+    missing = {"inpaint": mask is None, "instruct": blank, "upscale": blank, "depth": depth is None}
+    if missing.get(kind):
+        needed = {"inpaint": "mask", "instruct": "image", "upscale": "image", "depth": "depth"}[kind]
         raise ConfigError(
             f"this {pipe.family} model draws from a picture, not from a prompt alone (its UNet takes "
             f"{pipe.unet.config.in_channels} channels where text to image has {pipe.unet.config.out_channels}): give {needed}="
@@ -93,57 +124,39 @@ def canvas(
         raise ConfigError(f"image: this {pipe.family} model looks at pixels, found latents; decode them first")
     if depth is not None and kind != "depth":
         raise ConfigError(f"depth: this {pipe.family} model has no channel for it; a depth ControlNet has")
-    if mask is not None and (image is None or kind in ("instruct", "upscale")):
-        missing = (
-            "image: missing; a mask says which part of it to paint"
-            if image is None
-            else f"mask: this {pipe.family} model knows none"
-        )
-        raise ConfigError(missing)
-    given = pipe.full_size(size) if size is not None or image is None else held
-    if image is not None and size is not None and held != given:
+    if mask is not None and blank:
+        raise ConfigError("image: missing; a mask says which part of it to paint")
+    if mask is not None and kind in ("instruct", "upscale"):
+        raise ConfigError(f"mask: this {pipe.family} model knows none")
+
+
+def size_of(
+    pipe: "Pipeline", kind: str, size: tuple[int, int] | None, picture: Tensor | None, latents: Tensor | None
+) -> tuple[int, int]:
+    """What is asked for in pixels (W, H): that of the picture, or `size`, or the model's own. ConfigError where they differ."""
+    if picture is None and latents is None:
+        return pipe.full_size(size)
+    image, small = (latents, True) if picture is None else (picture, kind == "upscale")
+    assert image is not None
+    W, H = (side * (pipe.vae.config.factor if small else 1) for side in (image.shape[-1], image.shape[-2]))
+    given = pipe.full_size(size) if size is not None else (W, H)
+    if (W, H) != given:
         raise ConfigError(
-            f"image: {held[0]}x{held[1]} where size= says {given[0]}x{given[1]}; scale it first (sdcore.image.fit), or leave "
-            "size out"
+            f"image: {W}x{H} where size= says {given[0]}x{given[1]}; scale it first (sdcore.image.fit), or leave size out"
         )
-    if image is not None:
-        pipe.check_sides(given, 1)
-    drawn = (-(-given[0] // factor) * factor, -(-given[1] // factor) * factor)
+    pipe.check_sides((W, H), 1)
+    return W, H
 
-    def fitted(value: Any, name: str, low: float = 0.0) -> Tensor:
-        found = pixels_of(value, name, 1, low)
-        if found.shape[-2:] != (given[1], given[0]):
-            raise ImageError(
-                f"{name}: {found.shape[-1]}x{found.shape[-2]}, expected the picture's {given[0]}x{given[1]}; scale it to that"
-            )
-        return filled(found, drawn)
 
-    painted = None if mask is None else (fitted(mask, "mask") >= 0.5).float()
-    if painted is not None and not painted.any():
-        raise ImageError("mask: all black, so there is nothing to paint; white is what is painted")
+def strength_of(strength: Any, size: tuple[int, int]) -> tuple[float, Tensor | None]:
+    """The share of the way that is walked, and where it was given by place, that [m, 1, H, W]. ConfigError, ImageError."""
     places = None
     if isinstance(strength, Tensor) or hasattr(strength, "pixels"):
-        places = fitted(strength, "strength")
+        places = fitted(strength, "strength", size)
         strength = places.max().item()
-    elif strength is None:
-        strength = 1.0 if painted is not None or image is None or kind in ("instruct", "upscale") else STRENGTH
     if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not 0 <= strength <= 1:
         raise ConfigError(f"strength: expected a number from 0 to 1, found {strength!r:.80}")
-    if image is None and strength < 1:
-        raise ConfigError("strength: has no meaning without image=")
-    if isinstance(feather, bool) or not isinstance(feather, int) or feather < 0:
-        raise ConfigError(f"feather: expected a whole number of pixels from 0, found {feather!r:.80}")
-    for name, value in (("image", picture), ("image", latents), ("mask", painted), ("strength", places)):
-        if value is not None and len(value) not in (1, pictures):
-            raise ConfigError(f"{name}: expected one, or one a picture ({pictures}), found {len(value)}")
-    if picture is not None and kind != "upscale":
-        picture = filled(picture, drawn)
-    near = None if depth is None else fitted(depth, "depth", -math.inf)
-    if near is not None and (near.amax((1, 2, 3)) == near.amin((1, 2, 3))).any():
-        raise ImageError(
-            "depth: the same everywhere, so it says nothing of what is near; give a map with near and far in it"
-        )
-    return Canvas(kind, drawn, given, picture, latents, painted, near, float(strength), places, feather)
+    return float(strength), places
 
 
 def kind_of(pipe: "Pipeline") -> str:
@@ -185,6 +198,16 @@ def pixels_of(value: Any, name: str, channels: int, low: float) -> Tensor:
     return found
 
 
+def fitted(value: Any, name: str, size: tuple[int, int], low: float = 0.0) -> Tensor:
+    """A map of one channel as `pixels_of` gives it. ImageError where it has not the picture's size (W, H)."""
+    found = pixels_of(value, name, 1, low)
+    if found.shape[-2:] != (size[1], size[0]):
+        raise ImageError(
+            f"{name}: {found.shape[-1]}x{found.shape[-2]}, expected the picture's {size[0]}x{size[1]}; scale it to that"
+        )
+    return found
+
+
 def filled(x: Tensor, size: tuple[int, int]) -> Tensor:
     """x [m, c, H, W] carried on beyond its right and lower edge up to a size (W, H)."""
     right, below = size[0] - x.shape[-1], size[1] - x.shape[-2]
@@ -202,7 +225,7 @@ def outpaint(pixels: Tensor, left: int = 0, top: int = 0, right: int = 0, bottom
 
 def controls(pipe: "Pipeline", given: Canvas, pictures: int, control: Sequence[Control]) -> tuple[Control, ...]:
     """The controls of a call, their pictures in the size that is drawn. ConfigError where one belongs to another model."""
-    fitted = []
+    found = []
     unet = pipe.unet.config
     for each in control:
         if not isinstance(each, Control):
@@ -220,8 +243,8 @@ def controls(pipe: "Pipeline", given: Canvas, pictures: int, control: Sequence[C
                     f"that is drawn, {given.asked[0]}x{given.asked[1]}; scale it, or give size="
                 )
         mask = None if each.mask is None else filled(each.mask, given.size)
-        fitted.append(replace(each, image=filled(each.image, given.size), mask=mask))
-    return tuple(fitted)
+        found.append(replace(each, image=filled(each.image, given.size), mask=mask))
+    return tuple(found)
 
 
 def prompts(pipe: "Pipeline", image_prompts: Sequence[ImagePrompt]) -> tuple[ImagePrompt, ...]:
