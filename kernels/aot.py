@@ -163,9 +163,7 @@ def report(results: Sequence[Compiled], before: str = "") -> str:
             matrix = ", ".join(f"{n} {name}" for name, n in r.matrix.items()) or "-"
             hopper[r.name] = f"| {r.name} | {r.registers} | {r.shared / 1024:.1f} KiB | {matrix} |"
     counts = [[int(cell) for cell in (row.split("|")[3], row.split("|")[8])] for row in summary.values()]
-    since = re.findall(r"^.*, commit .*$", before, re.M)
-    if since:
-        since[-1] = since[-1].removesuffix(":") + ";"
+    since = heads(before, results)
     names = f"{', '.join(dict.fromkeys(r.file for r in results))}: " if since else ""
     return "\n".join([
         "# Kernels, compiled ahead of time",
@@ -188,6 +186,18 @@ def report(results: Sequence[Compiled], before: str = "") -> str:
         "|---|---|---|---|",
         *hopper.values(),
     ]) + "\n"  # fmt: skip
+
+
+def heads(page: str, results: Sequence[Compiled]) -> list[str]:
+    """The lines of a page that say of which commit its rows are; without those of files all of whose rows the results replace."""
+    files = {r.file for r in results}
+    kept = {row.split()[0] for row in rows(page)[0].keys() - {f"{r.file} sm_{r.arch}" for r in results}}
+    found = []
+    for line in re.findall(r"^.*, commit .*$", page, re.M):
+        about = set(line.partition(": `")[0].split(", "))
+        if not (about <= files and about.isdisjoint(kept)):
+            found.append(line.rstrip(":;") + ";")
+    return found
 
 
 def rows(page: str) -> tuple[dict[str, str], dict[str, str], dict[str, str]]:

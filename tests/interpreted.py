@@ -36,6 +36,7 @@ import triton.language as tl
 from sdcore.kernels import aot, common
 from sdcore.kernels.judge import FACTOR, Case, compare, results
 from torch import Tensor
+from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 DEVICE = "cpu" if common.INTERPRETED else "cuda"
@@ -57,8 +58,23 @@ def _round_bf16() -> None:
     InterpreterBuilder.cast_impl = cast
 
 
+def _patch_once() -> None:
+    """Have the interpreter put its versions into `triton.language` once for each function. By itself it does so at every launch,
+    and again at every call of a device function, `tl.sum` too, which costs more than what is computed there."""
+    patch, seen = interpreter._patch_lang, set()
+
+    def once(function):
+        if function not in seen:
+            seen.add(function)
+            patch(function)
+        return interpreter._LangPatchScope()  # nothing to take back: in this process nothing is compiled
+
+    interpreter._patch_lang = once
+
+
 if common.INTERPRETED:
     _round_bf16()
+    _patch_once()
 
 
 def interpreted(test: Callable) -> Callable:

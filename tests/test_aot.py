@@ -121,6 +121,13 @@ def test_a_part_is_added_to_a_report(tmp_path):
     text = page.read_text()
     assert "3 builds, 0 at fault" in text and "| geglu forward | 40 |" in text and "At fault" not in text
     assert text.count("geglu forward") == 1 and text.count("| gemm | sm_90 |") == 1 and text.count(", commit ") == 3
+    aot.write_report([gemm, geglu], page, add=True)  # sm_80 of geglu is still of the commit before
+    assert [line.partition(":")[0] for line in page.read_text().splitlines() if ", commit " in line][1:] == [
+        "geglu",
+        "gemm, geglu",
+    ]
+    aot.write_report([gemm, geglu, bad], page, add=True)
+    assert page.read_text().count(", commit ") == 2
     aot.write_report([gemm], page)
     assert page.read_text() == aot.report([gemm])
 
