@@ -146,7 +146,7 @@ class Network:
         n, x = len(x), self.entry(x)
         residuals, features = self.controlled(x, step, n)
         if self.scene.beside is not None:
-            x = torch.cat([expand(x, n), expand(self.scene.beside.to(x), n)], dim=1)
+            x = torch.cat([expand(x, n), expand(self.scene.beside.to(x)[-n:], n)], dim=1)
         return self.predict(
             x, self.shifts(self.unet, step, n), self.heard(self.unet, step, n), residuals, features, step
         )

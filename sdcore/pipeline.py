@@ -341,9 +341,10 @@ class Pipeline:
         }
         length = self.tokenizers[0].max_length
         rows = max([len(rows) for lines in laid.values() for line in lines for rows in line], default=1)
-        for voice in voices:
-            if voice.given is not None:
-                rows = max(rows, math.ceil(voice.given.context.shape[1] / length))
+        given = {voice.given.context.shape[1] for voice in voices if voice.given is not None}
+        rows = max([rows, *(math.ceil(tokens / length) for tokens in given)])
+        if not laid and len(given) == 1:
+            rows = 0  # no text whose length they must have, such as a picture's one vector
         encoded = {texts: self._encode(lines, rows, emphasis, clip_skip) for texts, lines in laid.items()}
         told = {}
         for form in dict.fromkeys(forms):
@@ -411,9 +412,9 @@ class Pipeline:
         return encoder(ids, extra)
 
     def _lengthen(self, given: Conditions, rows: int, clip_skip: int) -> Conditions:
-        """Conditions from outside with as many rows as the others have: filled up with rows of no words."""
+        """Conditions from outside with as many rows as the others have: filled up with rows of no words. 0: as they are."""
         length = self.tokenizers[0].max_length
-        if given.context.shape[1] == rows * length:
+        if not rows or given.context.shape[1] == rows * length:
             return given
         if given.context.shape[1] % length:
             raise ConfigError(

@@ -23,6 +23,7 @@ from sdcore.weights.report import inspect
 from sdcore import clip, ip_adapter, unet
 from sdcore.errors import AdapterError, CheckpointError, ConfigError, ImageError, NonFiniteError
 from sdcore.ip_adapter import ImagePrompt, IPAdapter, IPAdapterConfig, places
+from sdcore.voices import Conditions
 from tests import peers
 from tests.test_identity import difference, vision_difference
 from tests.tiny_models import write_folder
@@ -562,6 +563,26 @@ def test_variations(released, tmp_path):
         x, t = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1)), torch.tensor([10, 10])
         theirs = diffusers.UNet2DConditionModel.from_pretrained(model.folder / "unet")
         assert difference(model.pipe.unet(x, t, told), theirs(x, t, told).sample) == 0
+
+
+def test_variations_from_picture_to_pixels(released, tmp_path):
+    """The public call, told the one vector in the place of a text, draws what diffusers' pipeline of that name draws."""
+    model, picture = released("sd1"), photo(40, 50)
+    encoder = load_image_encoder(write_encoder(tmp_path, projection=model.pipe.unet.config.context_dim), "cpu")
+    theirs = diffusers.StableDiffusionImageVariationPipeline(
+        vae=diffusers.AutoencoderKL.from_pretrained(model.folder / "vae"),
+        image_encoder=transformers.CLIPVisionModelWithProjection.from_pretrained(tmp_path),
+        unet=diffusers.UNet2DConditionModel.from_pretrained(model.folder / "unet"),
+        scheduler=diffusers.DDIMScheduler.from_pretrained(model.folder / "scheduler", clip_sample=False),
+        safety_checker=None, feature_extractor=transformers.CLIPImageProcessor(size=28, crop_size=28),
+        requires_safety_checker=False,
+    )  # fmt: skip
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    options = dict(height=64, width=64, guidance_scale=3.0, num_inference_steps=4, latents=noise, output_type="pt")
+    want = theirs(picture, **options).images
+    told, nothing = (Conditions(each, None) for each in clip.variation_context(encoder, pixels_of(picture)))
+    got = model.pipe(told, nothing, steps=4, guidance=3.0, sampler="ddim", noise=noise).pixels
+    assert got.shape == want.shape and difference((got / 2 + 0.5).clamp(0, 1), want) <= 1 / 255
 
 
 # --- image encoders

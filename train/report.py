@@ -131,13 +131,16 @@ def replace_table(path: Path, text: str) -> None:
         file.write((before[:start] + text + before[end:]).encode())
 
 
-def markdown(results: Sequence[Result], pictures: str) -> str:
-    """The report for docs/: a section a method. `pictures` is where its sheets lie, as the page's links have it."""
-    parts = [
-        "# The chapter's methods on the bundled model\n\nWritten by `make chapter`; every figure is the exact checker's "
-        "(`train/checker.py`). Untuned: the model as it ships, on the same prompts and seeds. Ceiling: true pictures behind the "
-        "autoencoder. Chance: the same reading held against other demands.\n"
-    ]
+CHAPTER = (
+    "# The chapter's methods on the bundled model\n\nWritten by `make chapter`; every figure is the exact checker's "
+    "(`train/checker.py`). Untuned: the model as it ships, on the same prompts and seeds. Ceiling: true pictures behind the "
+    "autoencoder. Chance: the same reading held against other demands.\n"
+)
+
+
+def markdown(results: Sequence[Result], pictures: str, head: str = CHAPTER, prefix: str = "chapter") -> str:
+    """The report for docs/: a head, then a section a method. `pictures` is where its sheets lie, as the page's links have it."""
+    parts = [head]
     for result in results:
         lines = ["| " + " | ".join(HEAD) + " |", "|---" * len(HEAD) + "|"]
         lines += ["| " + " | ".join(cells(row)) + " |" for row in result.rows]
@@ -145,14 +148,14 @@ def markdown(results: Sequence[Result], pictures: str) -> str:
         text = f"## {result.title}\n\n{result.about}\n\n{commands}\n\n" + "\n".join(lines) + f"\n\n{spent(result)}\n"
         text += "".join(f"\n{note}\n" for note in result.notes)
         for sheet in result.sheets:
-            text += f"\n![{sheet.words}]({pictures}/{named(result, sheet)})\n\n{sheet.words}\n"
+            text += f"\n![{sheet.words}]({pictures}/{named(result, sheet, prefix)})\n\n{sheet.words}\n"
         parts.append(text)
     return "\n".join(parts)
 
 
-def named(result: Result, sheet: Sheet) -> str:
+def named(result: Result, sheet: Sheet, prefix: str = "chapter") -> str:
     """What a sheet is called where those of all methods lie together."""
-    return f"chapter-{result.name}-{sheet.file}"
+    return f"{prefix}-{result.name}-{sheet.file}"
 
 
 # ------------------------------------------------------------------------------------------------------------------------- HTML
