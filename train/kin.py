@@ -106,7 +106,7 @@ def eye_of(shop: Workshop) -> Path:
 
 def loaded(folder: Path) -> Pipeline:
     """A model as a user loads it."""
-    return sdcore.load(folder / "model", device="cpu", dtype=torch.float32)
+    return sdcore.load(str(folder / "model"), device="cpu", dtype=torch.float32)
 
 
 def unseen(shop: Workshop, kind: str) -> list[Example]:
@@ -261,7 +261,7 @@ def replaced(one: Example, rng: np.random.Generator) -> Example:
 
 def upscale(shop: Workshop) -> Result:
     """The upscaler: a picture of 8 x 8 pixels, and words, to one of 64 x 64."""
-    pipe = loaded(taught(shop, "upscale", 400))
+    pipe = loaded(taught(shop, "upscale", 350))
     shown = unseen(shop, "upscale")
     words, scenes = [one.words for one in shown], [one.scene for one in shown]
     true, demands = drawn(scenes), [world.parse(text) for text in words]
@@ -330,7 +330,7 @@ def eye(shop: Workshop) -> Result:
 
 def variations(shop: Workshop) -> Result:
     """Image variations: the picture's vector in the place of the words."""
-    pipe = loaded(taught(shop, "variations", 400))
+    pipe = loaded(taught(shop, "variations", 350))
     tower = load_image_encoder(eye_of(shop), "cpu", torch.float32)
     shown = unseen(shop, "variations")
     scenes, true = [one.scene for one in shown], looked_at(shown)
@@ -352,7 +352,7 @@ def variations(shop: Workshop) -> Result:
 
 def ip_adapter(shop: Workshop) -> Result:
     """IP-Adapter: a picture beside the words."""
-    run = taught(shop, "ip-adapter", 350)
+    run = taught(shop, "ip-adapter", 300)
     adapter = load_ip_adapter(run / "ip-adapter.safetensors", shop.base, eye_of(shop))
     shown = unseen(shop, "ip-adapter")[: max(8, shop.options.prompts // 2)]
     grounds = [list(world.BACKGROUNDS)[i % len(world.BACKGROUNDS)] for i in range(len(shown))]

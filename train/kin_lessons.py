@@ -24,7 +24,7 @@ Legend: n examples in all, b of a step, c channels, h w latent size, k tokens, d
 """
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -117,7 +117,7 @@ def rectangle(left: float, top: float, right: float, bottom: float) -> Array:
     return mask
 
 
-CHANGES = {
+CHANGES: dict[str, Iterable[str]] = {
     "colour": world.COLOURS, "shape": world.SHAPES, "texture": world.TEXTURES, "background": world.BACKGROUNDS,
 }  # fmt: skip
 

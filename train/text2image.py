@@ -21,6 +21,7 @@ import multiprocessing
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -80,7 +81,13 @@ class TextToImageOptions(LoopOptions):
 
 
 def diffusion_loss(
-    unet: nn.Module, x: Tensor, t: Tensor, noise: Tensor, context: Tensor, alpha_bar: Tensor, weights: Tensor
+    unet: Callable[[Tensor, Tensor, Tensor], Tensor],
+    x: Tensor,
+    t: Tensor,
+    noise: Tensor,
+    context: Tensor,
+    alpha_bar: Tensor,
+    weights: Tensor,
 ) -> Tensor:
     """Weighted squared error of v, a mean over everything.
 
