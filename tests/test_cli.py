@@ -173,6 +173,33 @@ def test_count_strip_and_json(run, model):
     assert np.array_equal(strip[:64, :64], to_pictures(pipe.decode(first.x0))[0])  # the guess, not the noisy latent
 
 
+def test_lossy_ways_of_the_fast_engine(run, model):
+    """Each draws what `accelerate` draws with it; the settings are kept, taken up by --from, and given up again."""
+    import sdcore
+
+    plain = sdcore.load(str(model), device="cpu")
+    ways = {"exact": {}, "fp8": {"fp8": True}, "merge": {"merge": 0.5}, "deep": {"deep_every": 2}}
+    ways["all"] = ways["fp8"] | ways["merge"] | ways["deep"]
+    words = {"fp8": ["--fp8"], "merge": ["--merge", "0.5"], "deep": ["--deep-every", "2"]}
+    words |= {"exact": [], "all": [*words["fp8"], *words["merge"], *words["deep"]]}
+    asked, seen = ["--engine", "fast", "--steps", "4", "--seed", "3"], []
+    for name, options in ways.items():
+        assert run("generate", PROMPT, *asked, *words[name], "--out", f"{name}.png")[0] == 0
+        want = sdcore.accelerate(plain, **options)(PROMPT, steps=4, seed=3).images[0]
+        got = open_picture(f"{name}.png")
+        assert np.array_equal(got.pixels, want.pixels) and not any(np.array_equal(got.pixels, other) for other in seen)
+        assert {key: value for key, value in got.metadata.items() if key in ways["all"]} == options
+        seen.append(got.pixels)
+    assert run("generate", "--from", "all.png", "--out", "again.png")[0] == 0
+    assert open("all.png", "rb").read() == open("again.png", "rb").read()
+    assert (
+        run("generate", "--from", "all.png", "--no-fp8", "--merge", "0", "--deep-every", "1", "--out", "b.png")[0] == 0
+    )
+    assert np.array_equal(open_picture("exact.png").pixels, open_picture("b.png").pixels)
+    assert run("generate", "--from", "all.png", "--engine", "plain", "--out", "c.png")[0] == 0
+    assert read_metadata("c.png").keys().isdisjoint(ways["all"])
+
+
 def test_words_that_do_not_fit_are_named_once(run):
     code, out, err = run("generate", "red " * 22 + "elephant", "--count", "2", "--json", "--emphasis", "none")
     assert code == 0 and err.count("elephant") == 1 and "22 tokens" in err
@@ -265,6 +292,12 @@ def refused(result, *says):
     ([PROMPT, "--out", "."], ["."]),
     ([PROMPT, "--strip", "out.png"], ["--strip"]),
     ([PROMPT, "--lora", "a.safetensors"], ["a.safetensors", "no such file"]),
+    ([PROMPT, "--fp8"], ["--fp8", "--engine fast"]),
+    ([PROMPT, "--merge", "0.5"], ["--merge", "--engine fast"]),
+    ([PROMPT, "--deep-every", "2", "--engine", "plain"], ["--deep-every", "--engine fast"]),
+    ([PROMPT, "--engine", "fast", "--merge", "0.9"], ["merge", "0.75", "0.9"]),
+    ([PROMPT, "--engine", "fast", "--merge", "half"], ["--merge", "'half'"]),
+    ([PROMPT, "--engine", "fast", "--deep-every", "0"], ["deep_every", "0"]),
     (["a", "red", "circle"], ["red circle"]),
     (["--from", "missing.png"], ["missing.png", "No such file"]),
 ])  # fmt: skip

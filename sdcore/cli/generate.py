@@ -82,6 +82,19 @@ def declare(c: Parser) -> None:
         help="what runs the operations; measured: the faster for every shape (torch; the fast engine on a GPU: measured)",
     )  # fmt: skip
     c.add_argument(
+        "--deep-every", type=int, metavar="N", help="fast, lossy: the deep levels of the UNet at every N-th step only"
+    )
+    c.add_argument(
+        "--fp8", action=argparse.BooleanOptionalAction,
+        help="fast, lossy: the UNet's products in 8-bit floating point; sooner on Ada GPUs and later, slower on a CPU",
+    )  # fmt: skip
+    c.add_argument(
+        "--merge",
+        type=float,
+        metavar="SHARE",
+        help="fast, lossy: this share of the tokens merged, 0 to 0.75, where many",
+    )
+    c.add_argument(
         "--offload", action="store_true", help="keep on the device only the part at work: needs less of its memory"
     )
     c.add_argument("--json", action="store_true", help="one JSON document as the last line on stdout")
@@ -170,7 +183,7 @@ def generate(args: argparse.Namespace) -> None:
     args.sampler_options = given.take_few_step(pipe, args)
     kernels: dict[str, Any] = {}
     if args.engine == "fast":
-        pipe = sdcore.accelerate(pipe, kernels=args.kernels or "measured")
+        pipe = given.accelerated(pipe, args)
     elif args.kernels not in (None, "torch"):
         from sdcore.kernels.engine import operations
 
@@ -224,6 +237,11 @@ def check(args: argparse.Namespace) -> list[Path]:
         raise PromptError("prompt: empty; say what to draw")
     if not 1 <= args.count <= MAX_COUNT:
         raise ConfigError(f"--count: expected 1 to {MAX_COUNT}, found {args.count}")
+    for name in given.LOSSY:
+        if getattr(args, name) is not None and args.engine != "fast":
+            raise ConfigError(
+                f"{given.option(name)}: a way of the fast engine alone; add --engine fast, or leave it out"
+            )
     from sdcore import image
 
     out = Path(args.out)
@@ -298,7 +316,7 @@ def describe(args: argparse.Namespace, pipe) -> dict[str, Any]:
     for name in ("feather", "noise_level"):
         if args.image:
             said[name] = getattr(args, name)
-    said |= {name: getattr(args, name) for name in ("control", "image_prompt") if getattr(args, name)}
+    said |= {name: getattr(args, name) for name in ("control", "image_prompt", *given.LOSSY) if getattr(args, name)}
     return said | {
         "sampler": args.sampler or pipe.scheduler.sampler,
         "device": pipe.device.type,

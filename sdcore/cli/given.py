@@ -20,6 +20,7 @@ RECORDED = (
     "strength", "mask", "feather", "outpaint", "depth", "noise_level", "image_guidance", "image_encoder", "refiner", "hires",
     "tiling",
 )  # fmt: skip
+LOSSY = ("deep_every", "fp8", "merge")  # the same, of the fast engine alone: ways to another picture, sooner
 LISTED = ("lora", "embedding", "control", "image_prompt")  # the same of options that may be given more than once
 # Of these from another tool's PNG, and what it may say beside them that is not followed here.
 FOREIGN = ("negative", "steps", "guidance", "sampler", "schedule", "seed", "size", "emphasis", "clip_skip")
@@ -27,6 +28,17 @@ UNFOLLOWED = (
     "VAE", "Lora hashes", "TI hashes", "Denoising strength", "Hires upscale", "Hires resize", "Variation seed",
     "Variation seed strength", "ENSD", "Eta", "Refiner", "Tiling", "Face restoration", "Token merging ratio",
 )  # fmt: skip
+
+
+def option(name: str) -> str:
+    """`deep_every` -> `--deep-every`."""
+    return f"--{name.replace('_', '-')}"
+
+
+def accelerated(pipe, args: argparse.Namespace):
+    """The fast engine of a pipeline, as lossy as the options ask."""
+    lossy = {name: getattr(args, name) for name in LOSSY if getattr(args, name) is not None}
+    return sdcore.accelerate(pipe, kernels=args.kernels or "measured", **lossy)
 
 
 def take_pictures(pipe, args: argparse.Namespace) -> dict[str, Any]:
@@ -121,7 +133,7 @@ def take_passes(pipe, args: argparse.Namespace, shown: dict[str, Any]) -> list:
             raise ConfigError(f"--refiner: expected a share of the way between 0 and 1, found {at:g}")
         refiner = sdcore.load(name, device=args.device, dtype=args.dtype, offload=args.offload)
         if args.engine == "fast":
-            refiner = sdcore.accelerate(refiner, kernels=args.kernels or "measured")
+            refiner = accelerated(refiner, args)
         shown["span"] = (0.0, at)
         further.append((refiner, lambda latents, pixels: {"image": latents, "span": (at, 1.0)}))
     if args.hires:
@@ -211,15 +223,17 @@ def take_settings(args: argparse.Namespace) -> dict[str, Any]:
     if ours:  # before there was a choice, brackets were read literally, and few-step models drew as any
         recorded.setdefault("emphasis", "none")
         recorded.setdefault("few_step", "off")
-    known = [name for name in (RECORDED if ours else FOREIGN) if recorded.get(name) is not None]
-    words = [f"--{name.replace('_', '-')}={recorded[name]}" for name in known]
+    known = [name for name in ((*RECORDED, *LOSSY) if ours else FOREIGN) if recorded.get(name) is not None]
+    words = [option(name) if recorded[name] is True else f"{option(name)}={recorded[name]}" for name in known]
     for name in LISTED:
         if ours and not getattr(args, name) and isinstance(recorded.get(name), list):
-            words += [f"--{name.replace('_', '-')}={file}" for file in recorded[name]]
+            words += [f"{option(name)}={file}" for file in recorded[name]]
     from . import parser
 
     at = args.words.index("generate") + 1
     again = parser().parse_args([*args.words[:at], *words, *args.words[at:]])
+    if again.engine == "plain":  # by the user's wish: ways of the fast engine are not taken over
+        vars(again).update({name: getattr(args, name) for name in LOSSY})
     vars(args).update(vars(again))
     args.prompt = str(recorded["prompt"]) if args.prompt is None else args.prompt
     return recorded if ours else {}
