@@ -287,7 +287,7 @@ def upscale(shop: Workshop) -> Result:
 
 def refiner(shop: Workshop) -> Result:
     """A second model for the end of the way."""
-    pipe = loaded(taught(shop, "refiner", 120, lr=2e-4))
+    pipe = loaded(taught(shop, "refiner", 80, lr=2e-4, examples=768))
     shown = unseen(shop, "refiner")
     words, true = [one.words for one in shown], drawn([one.scene for one in shown])
     demands, best = [world.parse(text) for text in words], behind(shop.base, true)
@@ -312,7 +312,7 @@ def refiner(shop: Workshop) -> Result:
 def eye(shop: Workshop) -> Result:
     """The vision tower that the next two look with."""
     tower = load_image_encoder(
-        taught(shop, "eye", 500, batch=24, examples=6144) / "image_encoder", "cpu", torch.float32
+        taught(shop, "eye", 450, batch=24, examples=4096) / "image_encoder", "cpu", torch.float32
     )
     shown = unseen(shop, "eye")
     text, tokens = shop.base.text_encoders[0], shop.base.tokenizers[0]([world.caption(one.scene) for one in shown])
@@ -330,7 +330,7 @@ def eye(shop: Workshop) -> Result:
 
 def variations(shop: Workshop) -> Result:
     """Image variations: the picture's vector in the place of the words."""
-    pipe = loaded(taught(shop, "variations", 350))
+    pipe = loaded(taught(shop, "variations", 300, examples=1536))
     tower = load_image_encoder(eye_of(shop), "cpu", torch.float32)
     shown = unseen(shop, "variations")
     scenes, true = [one.scene for one in shown], looked_at(shown)
@@ -352,7 +352,7 @@ def variations(shop: Workshop) -> Result:
 
 def ip_adapter(shop: Workshop) -> Result:
     """IP-Adapter: a picture beside the words."""
-    run = taught(shop, "ip-adapter", 300)
+    run = taught(shop, "ip-adapter", 200, examples=1024)
     adapter = load_ip_adapter(run / "ip-adapter.safetensors", shop.base, eye_of(shop))
     shown = unseen(shop, "ip-adapter")[: max(8, shop.options.prompts // 2)]
     grounds = [list(world.BACKGROUNDS)[i % len(world.BACKGROUNDS)] for i in range(len(shown))]
