@@ -152,8 +152,16 @@ def test_weights_changed_in_place_or_exchanged_are_noticed(pipelines):
 
 @torch.no_grad()
 def test_compiled_and_exported_as_a_whole():
-    """The mirror traces without a break, like the model."""
-    ours, _ = peers.twins(peers.small(unet.SD15))
+    """The mirror traces without a break, like the model: every kind of layer, once."""
+    few = {
+        "channels": (32, 64),
+        "depths": (1, 0),
+        "heads": (4, 4),
+        "cross_only": (False, False),
+        "layers": 1,
+        "mid_depth": 1,
+    }
+    ours, _ = peers.twins(dataclasses.replace(peers.small(unet.SD15), **few))
     (x, t, context, _, _), _ = peers.inputs(ours.config, tokens=9)
     fast = fused.mirror(ours)
     kv, shifts = fast.keys_values(context), ours.time_shifts(ours.embed_time(t))

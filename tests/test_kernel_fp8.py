@@ -132,6 +132,8 @@ def test_codes_equal_the_definition(dtype):
         assert torch.equal(codes.float(), want.float()) and torch.equal(scale, same.flatten())
     x = filters(3, 48, 10, 12, 8, dtype)["x"]
     assert x[0].numel() > fp8.BLOCK
+    x[0, 0, 0, 0] = -16 * x[0].abs().max()  # the largest is negative, and in the part of the first program
+    x[1, -1, -1, -1] = 16 * x[1].abs().max()  # in that of the last
     codes, scale = fp8.coded_pictures(x)
     want, same = quantised.encode(x, (1, 2, 3))
     assert torch.equal(codes.float(), want.float()) and torch.equal(scale, same.flatten())
@@ -180,7 +182,8 @@ def test_refused():
     given = filters(1, 32, 4, 4, 16, torch.float16)
     assert not fp8.fp8_conv.accepts(**{**given, "x": given["x"].contiguous()})
     assert not fp8.fp8_conv.accepts(**{**given, "codes": given["codes"][..., :1, :1]})
-    assert not fp8.fp8_conv.accepts(given["x"][:, :8], given["codes"][:, :8], given["scale"])
+    few = {name: given[name][:, :8].contiguous(memory_format=LAST) for name in ("x", "codes")}
+    assert not fp8.fp8_conv.accepts(**{**given, **few})
 
 
 @interpreted

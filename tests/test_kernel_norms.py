@@ -104,16 +104,19 @@ LAYOUTS = pytest.mark.parametrize("last", [True, False], ids=["channels last", "
 
 
 def pictures():
-    """Every picture in every dtype: in one of them always, in the others among the long proofs; and a small one in all."""
-    for i, picture in enumerate(PICTURES):
-        for k, dtype in enumerate(common.FLOATS):
-            always = picture == PICTURES[0] or i % 3 == k
-            marks = [] if always else [pytest.mark.check]
-            yield pytest.param(
-                "group_norm_silu", picture, dtype, id=f"silu {picture} {common.name_of(dtype)}", marks=marks
-            )
-    for dtype in common.FLOATS:
-        yield pytest.param("group_norm", PICTURES[0], dtype, id=f"plain {common.name_of(dtype)}")
+    """Every picture in every dtype, by both paths, in both layouts. Always: all of the first one; of each other one a dtype, each
+    path in one layout; and without SiLU a dtype. The rest is among the long proofs."""
+    for name in ("group_norm_silu", "group_norm"):
+        for i, picture in enumerate(PICTURES if name == "group_norm_silu" else PICTURES[:1]):
+            for k, dtype in enumerate(common.FLOATS):
+                for path in ("whole", "slabs"):
+                    for last in (True, False):
+                        in_turn = i % 3 == k and (path == "slabs") == (last == bool(i % 2))
+                        always = (i == 0 and (k == 0 or name == "group_norm_silu")) or in_turn
+                        marks = [] if always else [pytest.mark.check]
+                        layout = "channels last" if last else "contiguous"
+                        case = f"{name} {picture} {common.name_of(dtype)} {path} {layout}"
+                        yield pytest.param(name, picture, dtype, path, last, id=case, marks=marks)
 
 
 @pytest.fixture(params=["whole", "slabs"])
@@ -132,17 +135,23 @@ def picture(b: int, c: int, h: int, w: int, last: bool, dtype: torch.dtype, **op
 
 
 @interpreted
-@pytest.mark.usefixtures("path")
-@LAYOUTS
-@pytest.mark.parametrize("name, shape, dtype", pictures())
-def test_group_norm(name, shape, dtype, last):
+@pytest.mark.parametrize("name, shape, dtype, path, last", pictures(), indirect=["path"])
+def test_group_norm(name, shape, dtype, path, last):
     c, h, w, groups = shape
     x = picture(1 if c > 128 else 2, c, h, w, last, dtype)
     args = (x, groups, *affine(c, dtype), 1e-6)
     kernel = getattr(group_norm_silu, name)
     assert kernel.accepts(*args)
     check(kernel, ops.REFERENCES[name], *args)
-    assert kernel(*args).stride() == x.stride()
+
+
+@interpreted
+@pytest.mark.usefixtures("path")
+@LAYOUTS
+def test_group_norm_keeps_the_layout(last):
+    x = picture(2, 32, 4, 5, last, torch.float16)
+    args = (x, 8, *affine(32, torch.float16), 1e-6)
+    assert group_norm_silu.group_norm_silu(*args).stride() == x.stride()
 
 
 @interpreted

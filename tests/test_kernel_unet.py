@@ -16,7 +16,14 @@ from tests.interpreted import DEVICE, interpreted, run_in_interpreter
 test_in_the_interpreter = run_in_interpreter(__file__)
 
 
-FEW = {"channels": (32, 64), "heads": (4, 4), "layers": 1, "mid_depth": 1, "cross_only": (False, False)}
+FEW = {
+    "channels": (32, 64),
+    "heads": (2, 2),
+    "norm_groups": 4,
+    "layers": 1,
+    "mid_depth": 1,
+    "cross_only": (False, False),
+}
 CONFIG = replace(peers.small(unet.SD15), depths=(1, 0), **FEW)
 
 
@@ -34,10 +41,13 @@ def test_unet_on_kernels():
     with ops.using(**for_ops()):
         exported = torch.export.export(model, given)
         # Every operation is in the graph as ours, none as PyTorch's.
-        targets = {str(node.target) for node in exported.graph.nodes if node.op == "call_function"}
+        called = [str(node.target) for node in exported.graph.nodes if node.op == "call_function"]
+        targets = set(called)
         torchs = [t for t in targets if any(a in t for a in ("group_norm", "layer_norm", "dot_product", "gelu"))]
         assert all(t.startswith("sdcore.") for t in torchs), torchs
         assert sum(t.startswith("sdcore.") for t in targets) >= len(names) - 1, targets
+        attentions = sum(isinstance(part, unet.Attention) for part in model.modules())
+        assert sum(t.startswith("sdcore.attention.") for t in called) == attentions > 0
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
         runs = {"kernels": model(*given), "compiled": compiled(*given), "exported": exported.module()(*given)}
     for name, got in runs.items():

@@ -26,9 +26,16 @@ def inputs(d: int, queries: int, keys: int, dtype: torch.dtype, batch: int = 1, 
     return [x.to(DEVICE, dtype).requires_grad_() for x in drawn]
 
 
+LENGTHS = [
+    pytest.param(d, queries, keys, dtype, id=f"{d}-{queries}-{keys}-{common.name_of(dtype)}", marks=marks)
+    for d, queries, keys in ((512, 9, 9), (136, 130, 70))
+    for dtype in common.FLOATS
+    for marks in [[pytest.mark.check] if d == 136 and dtype == torch.float16 else []]  # bf16 has the same tiles
+]
+
+
 @interpreted
-@FLOATS
-@pytest.mark.parametrize("d, queries, keys", [(512, 9, 9), (136, 130, 70)], ids=str)
+@pytest.mark.parametrize("d, queries, keys, dtype", LENGTHS)
 def test_lengths(d, queries, keys, dtype):
     """The width of the released models; a tile and a ragged end. Two pictures."""
     q, k, v = inputs(d, queries, keys, dtype, batch=2)
@@ -58,8 +65,8 @@ def test_other_widths(d):
 def test_chunks(monkeypatch):
     """Three chunks of queries, the last of them ragged: gradients of keys and values are sums over all three."""
     monkeypatch.setattr(file, "CHUNK", 1)  # byte: one tile of rows at a time
-    q, k, v = inputs(40, 300, 20, torch.bfloat16, batch=2)
-    assert [(c.start, c.stop) for c in file._chunks(q, k)] == [(0, 128), (128, 256), (256, 300)]
+    q, k, v = inputs(40, 265, 20, torch.bfloat16, batch=2)
+    assert [(c.start, c.stop) for c in file._chunks(q, k)] == [(0, 128), (128, 256), (256, 265)]
     check(vae_attention, REFERENCE, q, k, v, 1)
 
 
