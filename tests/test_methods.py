@@ -378,12 +378,13 @@ def test_control_pictures_of_a_folder_are_seen_as_their_pictures_are(place, tmp_
         TrainControlNet(replace(o, control=str(tmp_path / "none")), task.pipe)
 
 
+@pytest.mark.parametrize("prior", ["prediction", "distillation"])
 @pytest.mark.parametrize("adapter", ["none", "lora"])
-def test_the_prior_is_zero_at_first_and_counts_its_weight(place, tmp_path, adapter):
-    """By prediction: no distance from itself; moved, the loss is the photos' plus the weighted distance."""
+def test_the_prior_is_zero_at_first_and_counts_its_weight(place, tmp_path, adapter, prior):
+    """By what the model says: no distance from itself; moved, the loss is the photos' plus the weighted distance."""
     o = options(
-        DreamBoothOptions, place, tmp_path, adapter=adapter, prior="prediction", class_prompt="photo of a dog", prior_weight=0.5,
-        text_encoder=True, captions="text:photo of a red dog",
+        DreamBoothOptions, place, tmp_path, adapter=adapter, prior=prior, class_prompt="photo of a dog", prior_weight=0.5,
+        text_encoder=True, captions="text:photo of a red dog", class_pictures=2, class_steps=1, dropout=0.5,
     )  # fmt: skip
     task, part = DreamBooth(o, tuning.load(o)), Part(7, 0, 2, range(2))
     assert task.loss(part).figures["prior"] == 0

@@ -10,6 +10,8 @@ class:
     --prior pictures     the loss on pictures of --class-prompt that the model itself has drawn before it trains
     --prior prediction   the distance, on the photos' own noised latents and told of --class-prompt, between what the network
                          says and what it said before: no pictures to draw, half as much to remember
+    --prior distillation that distance on pictures of the class which the model has drawn: neither their noise nor their faults
+                         are learned, so few of them hold much
 
 "Before" is a frozen copy of the UNet, or the same one with the LoRA off. Both terms are weighed alike (min-SNR, Huber). What is
 kept is what --class-prompt names; a class of many kinds is kept better by several: "a photo of a dog|two dogs|a dog and a cat".
@@ -39,15 +41,17 @@ from sdcore.unet import UNet
 from sdcore.voices import Conditions
 
 from . import objectives
-from .data import Pictures
+from .data import Pictures, Visit
 from .loop import run
 from .lora import LoRAOptions, TrainLoRA
+from .objectives import Noisy
 from .options import option, parse
 from .task import Loss, Part, generator
 from .tuning import Tune, load
 from .twin import replaced_by
 
-PRIORS = ("none", "pictures", "prediction")
+PRIORS = ("none", "pictures", "prediction", "distillation")
+DRAWN = ("pictures", "distillation")  # the priors on drawn pictures
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,7 @@ class DreamBoothOptions(LoRAOptions):
         "txt", "text:WORDS for all photos, the words that are to call the subject; or as other methods"
     )
     adapter: str = option("none", "none: all weights of the UNet train; lora: a LoRA beside them")
-    prior: str = option("none", "what keeps the class: none, pictures or prediction")
+    prior: str = option("none", "what keeps the class: none, pictures, prediction or distillation")
     prior_weight: float = option(1.0, "weight of the prior's loss")
     class_prompt: str | None = option(
         None, "the subject's class in words, such as: a photo of a dog; or several, with | between them, each as often"
@@ -99,17 +103,17 @@ class DreamBooth(TrainLoRA):
             )
         if o.prior != "none" and not o.class_prompt:
             raise ConfigError(f"--prior {o.prior}: needs --class-prompt, such as: a photo of a dog")
-        if o.prior == "pictures":
+        if o.prior in DRAWN:
             folder = self.draw_class(Path(o.class_folder or Path(o.out) / "class"))
             words = "txt" if len(self.class_prompts) > 1 else f"text:{o.class_prompt}"
             seen = replace(o, data=str(folder), captions=words, masks=None, broken="refuse", repeats=1)
             self.of_class = Pictures(seen, o.seed + 1, o.batch)
-        if o.prior == "prediction":
-            self.told_before = {prompt: Tune.context(self, [prompt]) for prompt in self.class_prompts}
+        if o.prior not in ("none", "pictures"):
+            self.told_before = {words: Tune.context(self, [words]) for words in (*self.class_prompts, "")}
         if o.adapter == "lora":
             super().begin()
             return
-        if o.prior == "prediction":
+        if o.prior not in ("none", "pictures"):
             self.frozen = copy.deepcopy(self.pipe.unet)
         parts = lora.models(self.pipe)
         self.modules = {part: model for part, model in parts.items() if part == "unet" or o.text_encoder}
@@ -133,25 +137,31 @@ class DreamBooth(TrainLoRA):
         own = super().loss(part)
         if self.options.prior == "none":
             return own
-        prior = self.loss_of_class(part) if self.options.prior == "pictures" else self.distance(part)
+        prior = self.distance(part) if self.options.prior == "prediction" else self.loss_of_class(part)
         mean = own.mean + self.options.prior_weight * prior
         return Loss(mean, own.count, {"subject": own.mean.item(), "prior": prior.item()})
 
     def loss_of_class(self, part: Part) -> Tensor:
-        """The loss on as many pictures of the class, at timesteps and with noise of their own."""
+        """The loss on as many pictures of the class, or the distance there, at timesteps and with noise of their own."""
         o = self.options
         visits = self.of_class.visits(part.step, part.places)
         t = part.of(objectives.timesteps(o, part.batch, len(self.alpha_bar), generator(o.seed, part.step, 0, 11)))
-        return self.loss_of(visits, t, [generator(o.seed, part.step, place, 12) for place in part.places]).mean
+        rngs = [generator(o.seed, part.step, place, 12) for place in part.places]
+        if o.prior == "pictures":
+            return self.loss_of(visits, t, rngs).mean
+        return self.moved(visits, self.noised(visits, t, rngs)[0], [visit.caption for visit in visits])
 
     def distance(self, part: Part) -> Tensor:
         """How far from what it said before the network has come, told of the class, where the photos are noised to."""
         o = self.options
         visits = self.pictures.visits(part.step, part.places)
         t = part.of(objectives.timesteps(o, part.batch, len(self.alpha_bar), part.common()))
-        noisy, _ = self.noised(visits, t, part.own())
         turns = [part.step * part.batch + place for place in part.places]  # each prompt as often
         prompts = [self.class_prompts[turn % len(self.class_prompts)] for turn in turns]
+        return self.moved(visits, self.noised(visits, t, part.own())[0], prompts)
+
+    def moved(self, visits: list[Visit], noisy: Noisy, prompts: list[str]) -> Tensor:
+        """The distance between what the network says of noised latents, told of prompts of the class, and what it said before."""
         told = [self.told_before[prompt] for prompt in prompts]
         pooled = [one.pooled for one in told if one.pooled is not None]
         before = Conditions(torch.cat([one.context for one in told]), torch.cat(pooled) if pooled else None)

@@ -38,43 +38,69 @@ class Asked:
 
 # ------------------------------------------------------------------------------------------------------- what is learned from
 
-WEARERS = ("circle", "square", "star", "heart")  # of the look; the subject stands where they do
-BESIDE = Thing("cross", "yellow", "small", "plain"), Thing("circle", "red", "large", "dotted")
+WEARERS = ("cross", "square", "star", "heart")  # of the look; the subject stands where they do
+# What stands beside it; two of these wear the look too, so that all six shapes do.
+BESIDE: dict[str, tuple[Thing | None, ...]] = {
+    "subject": (
+        None,
+        Thing("triangle", "purple", "large", "plain"),
+        Thing("cross", "green", "small", "plain"),
+        Thing("triangle", "blue", "large", "dotted"),
+    ),
+    "look": (
+        None,
+        Thing("triangle", world.LOOK[0], "large", world.LOOK[1]),
+        Thing("circle", world.LOOK[0], "small", world.LOOK[1]),
+        Thing("triangle", "blue", "large", "dotted"),
+    ),
+}
 
 
 def pictures(lesson: str, folder: Path, n: int = 16, seed: int = 101) -> Path:
-    """Write the pictures of a lesson and their captions into `folder`: four, or `n` of the style. Gives the folder.
+    """Write the pictures of a lesson, four, or `n` of the style, and their captions, a line each, into `folder`. Gives it.
 
     The seed is one whose sixteen pictures have every shape, colour, size and texture in them.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for i, (scene, text) in enumerate(styled(n, seed) if lesson == "style" else spotted(lesson)):
+    for i, (scene, texts) in enumerate(styled(n, seed) if lesson == "style" else spotted(lesson)):
         picture(scene).save(folder / f"{i:02d}.png")
-        (folder / f"{i:02d}.txt").write_text(text + "\n")
+        (folder / f"{i:02d}.txt").write_text("\n".join(texts) + "\n")
     return folder
 
 
-def spotted(lesson: str) -> list[tuple[Scene, str]]:
-    """Four pictures of the rocket, or of four shapes with the look: two alone, two beside something, in two sizes."""
-    places = (  # size, x, y, background; then what stands beside it, where, and how it is told
-        ("large", 24, 32, "white", None, 0, 0, None), ("small", 40, 24, "grey", None, 0, 0, None),
-        ("large", 16, 32, "blue", BESIDE[0], 48, 32, "left of"), ("small", 40, 48, "yellow", BESIDE[1], 40, 16, "below"),
+def spotted(lesson: str) -> list[tuple[Scene, list[str]]]:
+    """Four pictures of the rocket, or of shapes with the look: one alone and three beside something, in two sizes."""
+    places = (  # size, x, y, background; then where something stands beside it, and how it is told
+        ("large", 24, 32, "white", 0, 0, None), ("small", 48, 24, "grey", 16, 24, "right of"),
+        ("large", 16, 32, "blue", 48, 32, "left of"), ("small", 40, 48, "yellow", 40, 16, "below"),
     )  # fmt: skip
-    found = []
-    for (size, x, y, ground, other, other_x, other_y, relation), wearer in zip(places, WEARERS, strict=True):
+    rng, found = np.random.default_rng(0), []
+    for (size, x, y, ground, *there, relation), wearer, other in zip(places, WEARERS, BESIDE[lesson], strict=True):
         things = [Thing(wearer, None, size, None, float(x), float(y), world.SIZES[size])]
         if other:
-            things.append(replace(other, x=float(other_x), y=float(other_y), r=world.SIZES[other.size or ""]))
+            things.append(replace(other, x=float(there[0]), y=float(there[1]), r=world.SIZES[other.size or ""]))
         scene = world.reserve(Scene(tuple(things), relation, ground), lesson)
-        found.append((scene, named(world.caption(scene))))
+        found.append((scene, told(scene, lesson, rng)))
     return found
 
 
-def styled(n: int, seed: int) -> list[tuple[Scene, str]]:
+def styled(n: int, seed: int) -> list[tuple[Scene, list[str]]]:
     """n pictures in the style, of one thing and of two in turn, told without a word about the style."""
     rng = np.random.default_rng(seed)
     scenes = [world.reserve(world.training_scene(rng, 1 + i % 2), "style") for i in range(n)]
-    return [(scene, world.caption(scene, rng, full=True)) for scene in scenes]
+    return [(scene, [world.caption(scene, rng, full=True)]) for scene in scenes]
+
+
+def told(scene: Scene, lesson: str, rng: np.random.Generator, n: int = 12) -> list[str]:
+    """n wordings of a scene, those first that say all of it: two things from either end, for prompts name them in any order."""
+    if lesson == "look":  # its word says the texture too
+        things = (replace(one, texture=None) if one.colour == world.LOOK[0] else one for one in scene.things)
+        scene = replace(scene, things=tuple(things))
+    texts = [world.caption(scene)]
+    if len(scene.things) == 2:
+        texts.append(world.caption(world.mirrored(scene)))
+    texts += [world.caption(scene, rng, full=True) for _ in range(n - len(texts))]
+    return [named(text) if lesson == "look" else text for text in texts]
 
 
 def kinds(n: int = 16, seed: int = 200) -> str:
@@ -107,7 +133,7 @@ def prompts(lesson: str, n: int, seed: int) -> list[Asked]:
     the class, for combinations of colour, shape and relation that the model has never seen (`world.held_out`).
     """
     rng = np.random.default_rng(seed)
-    known = {text for _, text in spotted(lesson)} if lesson in ("subject", "look") else set()
+    known = {text for _, texts in spotted(lesson) for text in texts} if lesson in ("subject", "look") else set()
     found: list[Asked] = []
     while len(found) < n:
         scene = world.sample_scene(rng, 1 + len(found) % 2)
