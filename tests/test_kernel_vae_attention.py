@@ -62,10 +62,11 @@ def test_other_widths(d):
 
 
 @interpreted
-def test_chunks(monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=common.name_of)
+def test_chunks(dtype, monkeypatch):
     """Three chunks of queries, the last of them ragged: gradients of keys and values are sums over all three."""
     monkeypatch.setattr(file, "CHUNK", 1)  # byte: one tile of rows at a time
-    q, k, v = inputs(40, 265, 20, torch.bfloat16, batch=2)
+    q, k, v = inputs(40, 265, 20, dtype, batch=2)
     assert [(c.start, c.stop) for c in file._chunks(q, k)] == [(0, 128), (128, 256), (256, 265)]
     check(vae_attention, REFERENCE, q, k, v, 1)
 
