@@ -339,6 +339,15 @@ def test_the_loop_of_tensors_is_the_plain_loop(way, pipelines):
     assert kinds == {"whole", "single"}
 
 
+def test_the_loop_of_tensors_tells_each_branch_its_own(pipelines):
+    """XL's residual blocks hear of the text too: where guidance stops, what the positive branch hears is left."""
+    _, fast = pipelines("sdxl")
+    options = {"prompt": "red circle", "negative": "cat", "steps": 4, "count": 2, **LOOPS["interval"]}
+    want = fast.steps(**options).finish()
+    assert torch.equal(loop.CapturedRun(**vars(fast.steps(**options))).finish(), want)
+    assert torch.equal(list(loop.CapturedRun(**vars(fast.steps(**options))))[-1].x, want)
+
+
 @pytest.mark.parametrize(
     "options",
     [{"prompt": "red AND blue"}, {"prompt": "[red:blue:0.5] circle"}, {"guidance_rescale": 0.5}],
