@@ -368,7 +368,7 @@ def ip_adapter(shop: Workshop) -> Result:
 
     alone, both, base = prompted([""] * len(shown)), prompted(words), draw(shop.base, words)
     best, new = behind(shop.base, true), behind(shop.base, drawn(wanted))
-    things, neither = ("count", "shape", "colour"), draw(shop.base, [""] * len(shown))
+    neither = draw(shop.base, [""] * len(shown))
     return finished(
         shop, "IP-Adapter",
         "The bundled model as it is, and a picture beside the words: without words what it shows is to be there again; with "
@@ -376,8 +376,12 @@ def ip_adapter(shop: Workshop) -> Result:
         [
             judged("everything right that the picture shows, without words", alone, neither, best, scenes),
             judged("the picture's things on the words' background", both, base, new, wanted),
-            Row("shapes and colours right, with words", right(both, wanted, things), None, False, right(base, wanted, things)),
-            Row("background right, with words", right(both, wanted, ["background"])),
+            *(
+                Row(f"{what} right, without words", right(alone, scenes, [what]), None, False, right(neither, scenes, [what]))
+                for what in ("count", "colour", "shape", "background")
+            ),
+            Row("background right, with words", right(both, wanted, ["background"]), None, False,
+                right(base, wanted, ["background"])),
         ],
         "The picture, drawn without words, with: " + listed(words), true, alone, both,
     )  # fmt: skip
