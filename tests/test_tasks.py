@@ -133,7 +133,18 @@ def test_upscaling(folders, pipes):
     equal(ours.images, want)
 
 
-@pytest.mark.parametrize("share", [0.6, 0.8])
+def test_noise_on_the_small_picture(folders, pipes):
+    """As diffusers noises it: from the picture's own stream, as much as the level says, which the UNet hears too."""
+    pipe, shown = pipes("x4"), tasks.pixels_of(picture(16), "image", 3, -1.0)
+    given = tasks.canvas(pipe, 1, None, shown, None, None, None, 0)
+    found, level = tasks.blurred(pipe, given, sdcore.samplers.Noise([7]), 30)
+    noise = sdcore.samplers.Noise([7]).draw(3, 16, 16)
+    scheduler = peer(folders("x4"), "StableDiffusionUpscalePipeline").low_res_scheduler
+    torch.testing.assert_close(found, scheduler.add_noise(shown, noise, torch.tensor([30])), rtol=0, atol=1e-6)
+    assert level.tolist() == [30]
+
+
+@pytest.mark.parametrize("share", [0.599, 0.6, 0.8])  # the first falls on a timestep
 def test_hand_off_to_the_refiner(folders, pipes, share):
     """The base draws the first part of the way, the refiner the rest, with no noise added between."""
     base, refiner = (
@@ -167,6 +178,13 @@ def test_what_is_not_masked_stays_to_the_bit(pipes):
         assert case % 4 or not np.array_equal(done.pixels, start.pixels)
 
 
+def test_a_grey_mask_is_black_or_white(pipes):
+    """From the middle of grey on it is painted."""
+    pipe, grey = pipes("sd1"), torch.rand(1, 1, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
+    given = tasks.canvas(pipe, 1, None, picture(), grey, None, None, 0)
+    assert torch.equal(given.mask, (grey >= 0.5).float())
+
+
 def test_feather_lies_inside_the_mask():
     """It rises from the border inwards, is 0 outside, and 1 deep inside."""
     mask = half()
@@ -186,6 +204,7 @@ def test_strength_by_place(pipes):
     done = pipe("cat", strength=ramp, **options)
     assert np.array_equal(done.images[0].pixels[:, :16], start.pixels[:, :16])
     z = pipe.encode_image(tasks.pixels_of(start, "image", 3, -1.0), sdcore.samplers.Noise([1]))
+    assert torch.equal(done.latents[..., :2], z[..., :2])
     change = (done.latents - z).abs().mean((0, 1, 2))
     assert change[1] < change[4] < change[7]
 
