@@ -41,12 +41,7 @@ class Asked:
 WEARERS = ("cross", "square", "star", "heart")  # of the look; the subject stands where they do
 # What stands beside it; two of these wear the look too, so that all six shapes do.
 BESIDE: dict[str, tuple[Thing | None, ...]] = {
-    "subject": (
-        None,
-        Thing("triangle", "purple", "large", "plain"),
-        Thing("cross", "green", "small", "plain"),
-        Thing("triangle", "blue", "large", "dotted"),
-    ),
+    "subject": (None, None, Thing("cross", "green", "small", "plain"), Thing("circle", "red", "large", "dotted")),
     "look": (
         None,
         Thing("triangle", world.LOOK[0], "large", world.LOOK[1]),
@@ -69,7 +64,7 @@ def pictures(lesson: str, folder: Path, n: int = 16, seed: int = 101) -> Path:
 
 
 def spotted(lesson: str) -> list[tuple[Scene, list[str]]]:
-    """Four pictures of the rocket, or of shapes with the look: one alone and three beside something, in two sizes."""
+    """Four pictures of the rocket, or of shapes with the look: alone and beside something, in two sizes."""
     places = (  # size, x, y, background; then where something stands beside it, and how it is told
         ("large", 24, 32, "white", 0, 0, None), ("small", 48, 24, "grey", 16, 24, "right of"),
         ("large", 16, 32, "blue", 48, 32, "left of"), ("small", 40, 48, "yellow", 40, 16, "below"),
@@ -79,7 +74,7 @@ def spotted(lesson: str) -> list[tuple[Scene, list[str]]]:
         things = [Thing(wearer, None, size, None, float(x), float(y), world.SIZES[size])]
         if other:
             things.append(replace(other, x=float(there[0]), y=float(there[1]), r=world.SIZES[other.size or ""]))
-        scene = world.reserve(Scene(tuple(things), relation, ground), lesson)
+        scene = world.reserve(Scene(tuple(things), relation if other else None, ground), lesson)
         found.append((scene, told(scene, lesson, rng)))
     return found
 

@@ -42,8 +42,8 @@ def dpo(shop: "Workshop") -> "Result":
     (shop.folder / "prompts.txt").write_text("\n".join(vague()) + "\n")
     words = f"--reward {shop.folder / 'warm.py'} --pair-prompts {shop.folder / 'prompts.txt'} --pairs 160"
     rule = shop.train("dpo", "rule", f"{words} --steps 40 --batch 16 --lr 1e-3", COMMON)
-    words = "--reward checker --pair-prompts world:two --pairs 500"
-    right = shop.train("dpo", "checker", f"{words} --steps 100 --batch 16 --lr 5e-4 --cooldown 40", COMMON)
+    words = "--reward checker --pair-prompts world:two --pairs 1500"
+    right = shop.train("dpo", "checker", f"{words} --steps 240 --batch 16 --lr 5e-4 --cooldown 100", COMMON)
 
     warm, texts = rewards.make(str(shop.folder / "warm.py"), shop.folder), (vague() * 6)[:200]
     base, tuned = both(shop, rule / "rule.safetensors", texts)
@@ -57,7 +57,7 @@ def dpo(shop: "Workshop") -> "Result":
     half = 1.96 * gain.std().item() / math.sqrt(COUNT)
     return shop.result(
         "DPO: what a rule, or the checker, prefers",
-        "From 160 pairs labelled by how much more red than blue they hold; and from 1000 pictures of 500 prompts of two objects, "
+        "From 160 pairs labelled by how much more red than blue they hold; and from 3000 pictures of 1500 prompts of two objects, "
         "generated to be learned from, of which those pairs count that the checker finds unlike. Everything is drawn in 4 steps "
         f"of ddim, without guidance, eta 1. The rule is judged on 200 noises, the checker on {COUNT} prompts.",
         [
