@@ -123,7 +123,8 @@ def test_dreambooth_writes_a_model_and_keeps_the_class_or_not(trials):
     assert "prior" in lines[0] and "prior" not in (folder / "without-prior/log.jsonl").read_text()
     tuned, before = (judge.fingerprint(model)["files"] for model in (folder / "with-prior/model", TINY))
     changed = [name for name in before if name.endswith(".safetensors") and tuned[name] != before[name]]
-    assert changed == ["text_encoder/model.safetensors", "unet/diffusion_pytorch_model.safetensors"]  # what trains, no more
+    # what trains, and no more
+    assert changed == ["text_encoder/model.safetensors", "unet/diffusion_pytorch_model.safetensors"]
 
 
 def test_a_word_changes_nothing_else(trials):

@@ -57,7 +57,7 @@ def dpo(shop: "Workshop") -> "Result":
     half = 1.96 * gain.std().item() / math.sqrt(COUNT)
     return shop.result(
         "DPO: what a rule, or the checker, prefers",
-        "From 160 pairs labelled by how much more red than blue they hold; and from 3000 pictures of 1500 prompts of two objects, "
+        "From 160 pairs labelled by how much more red than blue they hold; and from 3000 pictures of 1500 prompts of two things, "
         "generated to be learned from, of which those pairs count that the checker finds unlike. Everything is drawn in 4 steps "
         f"of ddim, without guidance, eta 1. The rule is judged on 200 noises, the checker on {COUNT} prompts.",
         [
