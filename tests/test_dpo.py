@@ -4,7 +4,6 @@ Everything runs on the bundled model and on pictures of its world; that it learn
 """
 
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -364,12 +363,10 @@ def test_a_cut_run_resumes_to_the_same_bits(pairs, tmp_path, adapter):
 
 @pytest.mark.check
 def test_dpo_learns_a_rule_and_from_the_checker(tmp_path):
-    """The entry of `make chapter`, from the beginning; its figures, with their aims, become docs/reports/dpo.md."""
+    """The entry of `make chapter`, from the beginning: every aim met."""
     assert chapter.main(["--only", "dpo", "--out", str(tmp_path), "--threads", str(torch.get_num_threads())]) == 0
     found = report.load(tmp_path / "dpo")
-    for sheet in found.sheets:
-        shutil.copy(tmp_path / "dpo" / sheet.file, ROOT / "docs" / report.named(found, sheet))
-    (ROOT / "docs/reports/dpo.md").write_text(report.markdown([found], ".."))
+    print(report.table([found]))
     assert all(row.met for row in found.rows), [row for row in found.rows if not row.met]
 
 

@@ -383,8 +383,7 @@ def test_an_entry_is_made_once_and_reported(tmp_path, monkeypatch, capsys):
     (folder / "result.json").unlink()
     assert kin.main(words) == 0 == kin.main(words)
     assert report.load(folder) == found
-    (tmp_path / "docs/reports").mkdir(parents=True)
-    kin.record([(found, folder)], tmp_path / "docs")
+    report.record([(found, folder)], tmp_path / "docs", "kin.md", kin.ABOUT, "kin")
     text = (tmp_path / "docs/reports/kin.md").read_text()
     assert "# The bundled model's kin" in text and "](../kin-depth-drawn.png)" in text
     assert (tmp_path / "docs/kin-depth-drawn.png").exists()

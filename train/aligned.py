@@ -1,7 +1,7 @@
 """What reward tuning does to the bundled model: the chapter's runs of DDPO, judged on prompts and noises of their own.
 
-    make chapter                                     # with all other methods (train/chapter.py)
-    python -m sdcore.train.aligned --record          # these alone, and docs/reports/ddpo.md
+    make chapter                                                           # with all other methods (train/chapter.py)
+    python -m sdcore.train.chapter --only ddpo-jpeg,ddpo-alignment         # these alone
 
 Both judge the untuned and the tuned model on the same prompts from the same noises, so differences are taken picture by picture;
 an interval is the mean difference ± 1.96 standard errors.
@@ -15,12 +15,10 @@ leaves the untuned model something to learn.
 
 import math
 import shutil
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from sdcore.weights import files
 from sdcore.weights.adapters import read_adapter
 from torch import Tensor
@@ -29,7 +27,7 @@ from sdcore import lora
 from sdcore.changes import LowRank
 from sdcore.pipeline import Pipeline
 
-from . import guards, judge, liking, report, rewards
+from . import guards, judge, liking, rewards
 from .dpo import TRIED
 from .prompts import of_world
 from .report import Result, Row, Sheet
@@ -37,12 +35,6 @@ from .report import Result, Row, Sheet
 if TYPE_CHECKING:
     from .chapter import Workshop
 
-HEAD = """# DDPO on the bundled model
-
-Written by `python -m sdcore.train.aligned --record`. Untuned: the model as it ships, on the same prompts and noises. Curves: the
-reward over the updates, then the guards on prompts that nothing was learnt from (train/guards.py).
-
-"""
 NOTED = {"steps": 4, "guidance": 1.0, "eta": 1.0}
 COMMON = "--draw-steps 4 --guidance 1 --layers all --rank 8 --beta2 0.98 --device cpu"
 PAIRS = ("a green cross and a pink circle", "an orange square and a blue triangle", "a red star and a green square",
@@ -186,29 +178,3 @@ def alignment(shop: "Workshop") -> Result:
         ],
         {"prompts": len(texts), "seed": liking.SEED, **NOTED},
     )
-
-
-def main(argv: list[str] | None = None) -> int:
-    """`python -m sdcore.train.aligned`: these entries alone, in the folder of the chapter's runs."""
-    from .chapter import ChapterOptions, Entry, go
-    from .options import parse
-
-    options = parse(ChapterOptions, argv, prog="python -m sdcore.train.aligned")
-    torch.set_num_threads(options.threads)
-    entries = [Entry("ddpo-jpeg", jpeg), Entry("ddpo-alignment", alignment)]
-    results = [go(entry, options) for entry in entries if not options.only or entry.name in options.only]
-    if options.record:
-        docs = Path("docs")
-        for result in results:
-            for one in result.sheets:
-                shutil.copy(Path(options.out) / result.name / one.file, docs / report.named(result, one))
-        text = report.markdown(results, "..")
-        with files.replacing(docs / "reports/ddpo.md") as file:
-            file.write((HEAD + text[text.index("## ") :]).encode())
-    print(report.table(results))
-    print(f"the runs are in {options.out}", file=sys.stderr)
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

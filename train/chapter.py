@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from sdcore.weights import fetch, files
+from sdcore.weights import fetch
 from sdcore.weights.adapters import read_adapter
 from sdcore.weights.embeddings import read_embeddings
 from tqdm import tqdm
@@ -363,36 +363,34 @@ def go(entry: Entry, options: ChapterOptions) -> Result:
     return found
 
 
-def main(argv: list[str] | None = None) -> int:
-    """`python -m sdcore.train.chapter`."""
-    options = parse(ChapterOptions, argv, prog="python -m sdcore.train.chapter")
-    unknown = set(options.only) - {entry.name for entry in ENTRIES}
+def go_all(entries: Sequence[Entry], options: ChapterOptions) -> list[tuple[Result, Path]]:
+    """Run the entries that are wanted; table and page of all that have been run, which are given back with their folders.
+
+    ConfigError for a name that is none of theirs.
+    """
+    unknown = set(options.only) - {entry.name for entry in entries}
     if unknown:
-        raise ConfigError(f"--only {','.join(sorted(unknown))}: expected some of {', '.join(e.name for e in ENTRIES)}")
+        raise ConfigError(f"--only {','.join(sorted(unknown))}: expected some of {', '.join(e.name for e in entries)}")
     torch.set_num_threads(options.threads)
-    for entry in ENTRIES:
+    for entry in entries:
         if not options.only or entry.name in options.only:
             go(entry, options)
     out = Path(options.out)
-    done = [(found, out / entry.name) for entry in ENTRIES if (found := report.load(out / entry.name))]
+    done = [(found, out / entry.name) for entry in entries if (found := report.load(out / entry.name))]
     report.write_page(done, out / "report.html")
-    if options.record:
-        record(done, Path("docs"))
     print(report.table([found for found, _ in done]))
     print(f"the report is {out / 'report.html'}", file=sys.stderr)
+    return done
+
+
+def main(argv: list[str] | None = None) -> int:
+    """`python -m sdcore.train.chapter`."""
+    options = parse(ChapterOptions, argv, prog="python -m sdcore.train.chapter")
+    done = go_all(ENTRIES, options)
+    if options.record:
+        report.record(done, Path("docs"), "chapter.md")
+        report.replace_table(Path("docs/training.md"), report.table([found for found, _ in done]))
     return 0
-
-
-def record(done: Sequence[tuple[Result, Path]], docs: Path) -> None:
-    """Put the report, its pictures and the table into docs/, which is committed."""
-    found = [result for result, _ in done]
-    (docs / "reports").mkdir(parents=True, exist_ok=True)
-    for result, folder in done:
-        for sheet in result.sheets:
-            shutil.copy(folder / sheet.file, docs / report.named(result, sheet))
-    with files.replacing(docs / "reports/chapter.md") as file:
-        file.write(report.markdown(found, "..").encode())
-    report.replace_table(docs / "training.md", report.table(found))
 
 
 if __name__ == "__main__":

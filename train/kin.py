@@ -11,8 +11,6 @@ combinations that no training showed. The workshop, its results and the report a
 """
 
 import json
-import shutil
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -22,13 +20,11 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from sdcore.weights import files
 from sdcore.weights.ip_adapters import load_image_encoder, load_ip_adapter
 from torch import Tensor
 
 import sdcore
 from sdcore.clip import variation_context
-from sdcore.errors import ConfigError
 from sdcore.guidance import Guidance
 from sdcore.ip_adapter import ImagePrompt
 from sdcore.pipeline import Pipeline
@@ -425,32 +421,12 @@ ENTRIES = (
 # ------------------------------------------------------------------------------------------------ from the shell
 
 
-def record(done: Sequence[tuple[Result, Path]], docs: Path) -> None:
-    """Put the report and its pictures into docs/, which is committed."""
-    for result, folder in done:
-        for sheet in result.sheets:
-            shutil.copy(folder / sheet.file, docs / report.named(result, sheet, "kin"))
-    with files.replacing(docs / "reports/kin.md") as file:
-        file.write(report.markdown([result for result, _ in done], "..", ABOUT, "kin").encode())
-
-
 def main(argv: list[str] | None = None) -> int:
     """`python -m sdcore.train.kin`."""
     options = parse(AllOptions, argv, prog="python -m sdcore.train.kin")
-    unknown = set(options.only) - {entry.name for entry in ENTRIES}
-    if unknown:
-        raise ConfigError(f"--only {','.join(sorted(unknown))}: expected some of {', '.join(e.name for e in ENTRIES)}")
-    torch.set_num_threads(options.threads)
-    for entry in ENTRIES:
-        if not options.only or entry.name in options.only:
-            chapter.go(entry, options)
-    out = Path(options.out)
-    done = [(found, out / entry.name) for entry in ENTRIES if (found := report.load(out / entry.name))]
-    report.write_page(done, out / "report.html")
+    done = chapter.go_all(ENTRIES, options)
     if options.record:
-        record(done, Path("docs"))
-    print(report.table([found for found, _ in done]))
-    print(f"the report is {out / 'report.html'}", file=sys.stderr)
+        report.record(done, Path("docs"), "kin.md", ABOUT, "kin")
     return 0
 
 

@@ -13,6 +13,7 @@ import dataclasses
 import html
 import json
 import re
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -156,6 +157,18 @@ def markdown(results: Sequence[Result], pictures: str, head: str = CHAPTER, pref
 def named(result: Result, sheet: Sheet, prefix: str = "chapter") -> str:
     """What a sheet is called where those of all methods lie together."""
     return f"{prefix}-{result.name}-{sheet.file}"
+
+
+def record(
+    done: Sequence[tuple[Result, Path]], docs: Path, page: str, head: str = CHAPTER, prefix: str = "chapter"
+) -> None:
+    """Put results, each with the folder that its sheets lie in, into docs/, which is committed: sheets, and reports/`page`."""
+    (docs / "reports").mkdir(parents=True, exist_ok=True)
+    for result, folder in done:
+        for sheet in result.sheets:
+            shutil.copy(folder / sheet.file, docs / named(result, sheet, prefix))
+    with files.replacing(docs / "reports" / page) as file:
+        file.write(markdown([result for result, _ in done], "..", head, prefix).encode())
 
 
 # ------------------------------------------------------------------------------------------------------------------------- HTML
