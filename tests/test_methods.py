@@ -399,6 +399,23 @@ def test_the_prior_is_zero_at_first_and_counts_its_weight(place, tmp_path, adapt
             DreamBooth(replace(o, **wrong), tuning.load(o))
 
 
+@pytest.mark.parametrize("adapter", ["none", "lora"])
+@torch.no_grad()
+def test_the_prior_is_the_distance_to_the_untuned_model(place, tmp_path, adapter):
+    """Both told of one prompt of the class each, the untuned one by its own text encoder."""
+    o = options(
+        DreamBoothOptions, place, tmp_path, adapter=adapter, prior="prediction", class_prompt="a dog|a cat", text_encoder=True,
+    )  # fmt: skip
+    task, untuned, part = DreamBooth(o, tuning.load(o)), DreamBooth(o, tuning.load(o)), Part(7, 0, 2, range(2))
+    for module in task.modules.values():
+        shake(module)
+    visits = task.pictures.visits(0, part.places)
+    t = part.of(objectives.timesteps(o, 2, len(task.alpha_bar), part.common()))
+    noisy, _ = task.noised(visits, t, part.own())
+    said = [one.predict(noisy.x, noisy.t, one.context(["a dog", "a cat"]), visits) for one in (task, untuned)]
+    assert task.distance(part).item() == pytest.approx((said[0] - said[1]).square().mean().item(), rel=1e-5)
+
+
 def test_pictures_of_the_class_are_drawn_once(place, tmp_path):
     o = options(
         DreamBoothOptions, place, tmp_path / "run", prior="pictures", class_prompt="photo of a dog", class_pictures=2,
