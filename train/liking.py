@@ -32,6 +32,7 @@ WAY = dict(sampler="ddim", steps=4, guidance=1.0, eta=1.0)  # few steps and no g
 COMMON = "--resolution 64 --guidance 1 --sampler ddim --sampler-steps 4 --eta 1 --beta 100 --warmup 10 --save-every 40"
 SEED = 20_000  # of the judged prompts, as train/judge.py has them
 COUNT = 500  # of them
+PAIRS = 1500  # drawn to learn from
 
 
 def dpo(shop: "Workshop") -> "Result":
@@ -42,7 +43,7 @@ def dpo(shop: "Workshop") -> "Result":
     (shop.folder / "prompts.txt").write_text("\n".join(vague()) + "\n")
     words = f"--reward {shop.folder / 'warm.py'} --pair-prompts {shop.folder / 'prompts.txt'} --pairs 160"
     rule = shop.train("dpo", "rule", f"{words} --steps 40 --batch 16 --lr 1e-3", COMMON)
-    words = "--reward checker --pair-prompts world:two --pairs 1500"
+    words = f"--reward checker --pair-prompts world:two --pairs {PAIRS}"
     right = shop.train("dpo", "checker", f"{words} --steps 240 --batch 16 --lr 5e-4 --cooldown 100", COMMON)
 
     warm, texts = rewards.make(str(shop.folder / "warm.py"), shop.folder), (vague() * 6)[:200]
@@ -57,14 +58,15 @@ def dpo(shop: "Workshop") -> "Result":
     half = 1.96 * gain.std().item() / math.sqrt(COUNT)
     return shop.result(
         "DPO: what a rule, or the checker, prefers",
-        "From 160 pairs labelled by how much more red than blue they hold; and from 3000 pictures of 1500 prompts of two things, "
-        "generated to be learned from, of which those pairs count that the checker finds unlike. Everything is drawn in 4 steps "
-        f"of ddim, without guidance, eta 1. The rule is judged on 200 noises, the checker on {COUNT} prompts.",
+        "From 160 pairs labelled by how much more red than blue they hold; and from the pictures of "
+        f"{PAIRS} prompts of two things, two of each, of which those pairs count that the checker finds unlike. Everything is drawn "
+        f"in 4 steps of ddim, without guidance, eta 1. The rule is judged on 200 noises, the checker on {COUNT} prompts.",
         [
             Row("tuned preferred by the rule, held-out noises", wins.mean().item(), 0.7, chance=0.5),
             Row("two objects: everything right", verdicts[1].mean().item(), None, False, verdicts[0].mean().item()),
             Row("gain", gain.mean().item(), half, unit="points"),
             Row("half of the gain's 95 % interval", half, unit="points"),
+            Row("pictures generated", 2 * PAIRS, unit=""),
         ],
         [
             shop.sheet("rule", "Untuned, tuned to warmth: " + "; ".join(vague()[:8]), [as_drawn(base), as_drawn(tuned)]),
