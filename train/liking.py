@@ -59,8 +59,9 @@ def dpo(shop: "Workshop") -> "Result":
     return shop.result(
         "DPO: what a rule, or the checker, prefers",
         "From 160 pairs labelled by how much more red than blue they hold; and from the pictures of "
-        f"{PAIRS} prompts of two things, two of each, of which those pairs count that the checker finds unlike. Everything is drawn "
-        f"in 4 steps of ddim, without guidance, eta 1. The rule is judged on 200 noises, the checker on {COUNT} prompts.",
+        f"{PAIRS} prompts of two things, two of each, of which those pairs count that the checker finds unlike. Everything is "
+        "drawn in 4 steps of ddim, without guidance, eta 1. "
+        f"The rule is judged on 200 noises, the checker on {COUNT} prompts.",
         [
             Row("tuned preferred by the rule, held-out noises", wins.mean().item(), 0.7, chance=0.5),
             Row("two objects: everything right", verdicts[1].mean().item(), None, False, verdicts[0].mean().item()),
