@@ -44,7 +44,8 @@ def dpo(shop: "Workshop") -> "Result":
     words = f"--reward {shop.folder / 'warm.py'} --pair-prompts {shop.folder / 'prompts.txt'} --pairs 160"
     rule = shop.train("dpo", "rule", f"{words} --steps 40 --batch 16 --lr 1e-3", COMMON)
     words = f"--reward checker --pair-prompts world:two --pairs {PAIRS}"
-    right = shop.train("dpo", "checker", f"{words} --steps 240 --batch 16 --lr 5e-4 --cooldown 100", COMMON)
+    words += " --layers all --steps 240 --batch 16 --lr 5e-4 --cooldown 100"  # the attentions alone gain less
+    right = shop.train("dpo", "checker", words, COMMON)
 
     warm, texts = rewards.make(str(shop.folder / "warm.py"), shop.folder), (vague() * 6)[:200]
     base, tuned = both(shop, rule / "rule.safetensors", texts)
