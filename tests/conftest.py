@@ -1,7 +1,9 @@
 """Shared by all tests: fixed thread count (the rounding of CPU sums depends on it), the two tiers, small models."""
 
 import os
+import random
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,6 +17,14 @@ torch.set_num_threads(int(os.environ.get("SDCORE_TEST_THREADS", "2" if ALONE els
 
 def pytest_addoption(parser):
     parser.addoption("--check", action="store_true", help="also run the long proofs (make check)")
+
+
+@pytest.hookimpl(tryfirst=True)  # before the fixtures
+def pytest_runtest_setup(item):
+    """Every test begins with the same random numbers, whichever ran before it."""
+    torch.manual_seed(0)
+    np.random.seed(0)
+    random.seed(0)
 
 
 def pytest_collection_modifyitems(config, items):

@@ -5,7 +5,6 @@ import json
 import os
 import stat
 import struct
-import time
 import zlib
 
 import numpy as np
@@ -30,6 +29,7 @@ from sdcore.image import (
     to_unit,
     write_whole,
 )
+from tests.timing import fastest
 
 SETTINGS = {
     "prompt": "a red circle, above: a blue square\nsecond line", "negative": "blurry, 'ugly' \"x\"", "steps": 20,
@@ -135,10 +135,9 @@ def test_parameters_that_are_odd(text, settings):
 
 
 def test_parameters_in_linear_time():
-    begin = time.perf_counter()
+    """Milliseconds; a quadratic search would take hours."""
     for text in ("a" * 2**20, "a: " * 2**18, 'a: "' + "\\" * 2**20, "\n" * 2**20):
-        parse_parameters(text)
-    assert time.perf_counter() - begin < 2
+        assert fastest(lambda text=text: parse_parameters(text), tries=2) < 2
 
 
 def test_hostile_text_stays_text(tmp_path):
@@ -392,11 +391,13 @@ HOSTILE = {
 def test_hostile_files(tmp_path, name):
     data, says = HOSTILE[name]
     (tmp_path / "a.png").write_bytes(data)
-    begin = time.perf_counter()
-    with pytest.raises(ImageError, match=says) as error:
-        open_picture(tmp_path / "a.png")
-    assert "a.png" in str(error.value) and "\n" not in str(error.value)
-    assert time.perf_counter() - begin < 1
+
+    def refused():
+        with pytest.raises(ImageError, match=says) as error:
+            open_picture(tmp_path / "a.png")
+        assert "a.png" in str(error.value) and "\n" not in str(error.value)
+
+    assert fastest(refused, tries=2) < 1
 
 
 def test_every_cut_is_an_image_error(tmp_path, picture):

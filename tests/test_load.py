@@ -714,16 +714,6 @@ def run(code, **environment):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_import_is_light():
-    """`import sdcore` adds under 0.3 s to `import torch`, and brings neither hub nor network with it."""
-    code = (
-        "import time, sys, json, torch; t = time.process_time(); import sdcore; t = time.process_time() - t;"
-        "print(json.dumps([t, sorted({'huggingface_hub', 'requests', 'httpx', 'diffusers', 'transformers'} & set(sys.modules))]))"
-    )
-    runs = [run(code) for _ in range(3)]
-    assert min(seconds for seconds, _ in runs) < 0.3 and runs[0][1] == []
-
-
 OURS = """
 import json, sys, time, torch
 import sdcore

@@ -4,7 +4,6 @@ import copy
 import gc
 import math
 import random as python_random
-import time
 from dataclasses import replace
 
 import diffusers
@@ -23,6 +22,7 @@ from sdcore.clip import LayerNorm
 from sdcore.errors import AdapterError, ConfigError
 from sdcore.unet import SD15, SDXL, GroupNorm, UNet, UNetConfig
 from tests import peers, tiny_models
+from tests.timing import fastest
 
 THIN = UNetConfig(channels=(16,), layers=1, depths=(1,), heads=(2,), cross_only=(False,), context_dim=16, norm_groups=4)
 
@@ -461,9 +461,14 @@ def test_wrong_requests():
 def test_attaching_an_sdxl_lora_is_quick_and_copies_no_weight():
     """Rank 16 on all 722 layers of SDXL's transformers, real sizes: under 1 s. The base weights have shapes, but no memory.
 
-    Of processor time on one thread, so that what else runs on the machine does not count."""
-    with torch.device("meta"):
-        model = UNet(SDXL)
+    Of processor time on one thread, so that what else runs on the machine does not count. Where the machine is slow, no longer
+    than it takes to make the modules of the UNet four times (once is 0.3 s where attaching takes 0.3 s)."""
+
+    def build():
+        with torch.device("meta"):
+            return UNet(SDXL)
+
+    model, limit = build(), max(1.0, 4 * fastest(build, tries=3))
     for module in model.modules():
         for name, parameter in list(module._parameters.items()):
             if parameter is not None:
@@ -478,13 +483,11 @@ def test_attaching_an_sdxl_lora_is_quick_and_copies_no_weight():
     adapter = lora.Adapter("xl", {"unet": made})
     seconds = []
     for _ in range(3):
-        start = time.process_time()
-        lora.attach({"unet": model}, adapter, 0.8)
-        seconds.append(time.process_time() - start)
+        seconds.append(fastest(lambda: lora.attach({"unet": model}, adapter, 0.8), tries=1))
         extra = sum(b.numel() for b in model.buffers())
         assert extra == sum(t.numel() for change in made.values() for _, t in change.tensors())
         lora.detach({"unet": model})
-    assert min(seconds) < 1, seconds
+    assert min(seconds) < limit, seconds
 
 
 class Counter:

@@ -6,7 +6,6 @@ which steps, is written down by hand (the lines marked # A1111 are examples from
 
 import math
 import random
-import time
 
 import diffusers
 import numpy as np
@@ -22,6 +21,7 @@ from sdcore.pipeline import Conditions, Region
 from sdcore.samplers import make_steps
 from sdcore.tokenizer import Tokenizer
 from tests import tiny_models
+from tests.timing import fastest
 
 B = "/"  # a row ends here
 LOW = 1 / 1.1
@@ -228,16 +228,6 @@ def test_prompts_that_are_refused(text, says):
 
 
 # ---------------------------------------------------------------- time
-
-
-def fastest(call, tries=5):
-    """Seconds of the processor, the least of several tries."""
-    times = []
-    for _ in range(tries):
-        begin = time.process_time()
-        call()
-        times.append(time.process_time() - begin)
-    return min(times)
 
 
 def whole(text, tokenizer):

@@ -3,7 +3,6 @@
 import gzip
 import json
 import random
-import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ import torch
 from sdcore.errors import CheckpointError, PromptError
 from sdcore.tokenizer import Tokenizer, clean, clip_vocabulary
 from tests import tiny_models
+from tests.timing import fastest
 
 CLIP_MERGES = Path(__file__).parents[2] / "shared" / "data" / "clip_bpe_merges.txt.gz"
 
@@ -152,10 +152,12 @@ def test_no_list_of_prompts(folder, wrong):
 def test_time_stays_linear(folder):
     """A quadratic step anywhere (merging, sorting accents) takes seconds at 64 KiB; linear ones take milliseconds."""
     tok = Tokenizer.from_folder(folder)
-    begin = time.perf_counter()
-    with pytest.raises(PromptError):
-        tok.encode("word " * 200_000)
-    assert time.perf_counter() - begin < 0.05
+
+    def refused():
+        with pytest.raises(PromptError):
+            tok.encode("word " * 200_000)
+
+    assert fastest(refused) < 0.05
     letters = random.Random(0).choices("abcdefghijklmnopqrstuvwxyz", k=65536)
     assert len(set(zip(letters, letters[1:], strict=False))) == 26 * 26  # really random, not one letter repeated
     for text in (
@@ -165,9 +167,7 @@ def test_time_stays_linear(folder):
         "&amp" * 16000,
         "&" * 65536,
     ):
-        begin = time.perf_counter()
-        tok.encode(text)
-        assert time.perf_counter() - begin < 1.0, text[:20]
+        assert fastest(lambda text=text: tok.encode(text), tries=2) < 1.0, text[:20]
 
 
 def damage(name, text):

@@ -10,7 +10,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -93,14 +92,13 @@ def assert_same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> 
 class Line(loop.Task):
     """Fit y = 2 x: what the loop does to it can be worked out by hand."""
 
-    def __init__(self, pause: float = 0.0, poison: range = range(0)):
+    def __init__(self, poison: range = range(0)):
         torch.manual_seed(0)
         self.modules = {"line": torch.nn.Linear(3, 1)}
-        self.pause, self.poison = pause, poison
+        self.poison = poison
 
     def loss(self, part):
         x = part.of(torch.randn(part.batch, 3, generator=part.common()))
-        time.sleep(self.pause)
         loss = (self.modules["line"](x) - 2 * x.sum(dim=1, keepdim=True)).square().mean()
         return loop.Loss(loss * (float("nan") if part.step in self.poison else 1.0), len(x))
 
@@ -110,40 +108,58 @@ def line_options(out: Path, **changes) -> loop.LoopOptions:
     return loop.LoopOptions(out=str(out), **(defaults | changes))
 
 
-class Child:
-    """A run in a process of its own, forked so that it need not import anything first. What it says on stderr goes to a file."""
+class Halts(Line):
+    """Says that it has come to a step, and goes on when told to."""
 
-    def __init__(self, out: Path, resume: bool = False):
+    def __init__(self, step: int, say: int, told: int):
+        super().__init__()
+        self.step, self.say, self.told = step, say, told
+
+    def loss(self, part):
+        if part.step == self.step:
+            os.write(self.say, b"here")
+            os.read(self.told, 1)
+        return super().loss(part)
+
+
+class Child:
+    """A run in a process of its own, forked so that it need not import anything first. What it says on stderr goes to a file.
+
+    It halts within the step `at`, if one is given, until `kill` has sent it a signal, so that it is there when that comes."""
+
+    def __init__(self, out: Path, resume: bool = False, at: int = -1):
         self.errors = out.with_suffix(".stderr")
+        self.heard, say = os.pipe()
+        told, self.tell = os.pipe()
         self.pid = os.fork()
         if self.pid == 0:
             code = 99
             try:
                 os.dup2(os.open(self.errors, os.O_CREAT | os.O_WRONLY | os.O_TRUNC), 2)
                 sys.stderr = os.fdopen(2, "w", buffering=1)
-                code = loop.run(Line(pause=0.005), line_options(out, steps=60, resume=resume))
+                code = loop.run(Halts(at, say, told), line_options(out, steps=60, resume=resume))
             finally:
                 os._exit(code)
+        os.close(say)  # so that a child that ends early is heard
+
+    def kill(self, number: int, times: int = 1) -> None:
+        """Send a signal at the step where it halts."""
+        assert os.read(self.heard, 4) == b"here", self.errors.read_text()
+        for _ in range(times):
+            os.kill(self.pid, number)
+        os.write(self.tell, b".")
 
     def end(self) -> int:
         """Wait; the exit code, negative for a signal."""
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
 
-def wait_for_checkpoint(out: Path, number: int) -> None:
-    until = time.time() + 60
-    while max((int(c.name[5:]) for c in (out / "checkpoints").glob("step-*")), default=0) < number:
-        assert time.time() < until
-        time.sleep(0.005)
-
-
 def test_killed_runs_end_in_the_same_bits(tmp_path):
     """SIGKILL at three moments; the resumed run ends where the uninterrupted one does."""
     assert loop.run(Line(), line_options(tmp_path / "whole", steps=60)) == 0
-    for resume, moment in ((False, 5), (True, 20), (True, 35)):
-        child = Child(tmp_path / "cut", resume)
-        wait_for_checkpoint(tmp_path / "cut", moment)
-        os.kill(child.pid, signal.SIGKILL)
+    for resume, moment in ((False, 7), (True, 20), (True, 39)):
+        child = Child(tmp_path / "cut", resume, at=moment)
+        child.kill(signal.SIGKILL)
         assert child.end() == -signal.SIGKILL, child.errors.read_text()
     assert Child(tmp_path / "cut", resume=True).end() == 0
     assert_same_bits(final(tmp_path / "whole"), final(tmp_path / "cut"))
@@ -151,10 +167,8 @@ def test_killed_runs_end_in_the_same_bits(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_once_and_the_exit_code_tells(tmp_path, number):
-    child = Child(tmp_path / "run")
-    wait_for_checkpoint(tmp_path / "run", 10)
-    os.kill(child.pid, number)
-    os.kill(child.pid, number)  # a second one changes nothing
+    child = Child(tmp_path / "run", at=12)
+    child.kill(number, times=2)  # the second one changes nothing
     assert child.end() == 128 + number
     step = json.loads((tmp_path / "run/log.jsonl").read_text().splitlines()[-1])["step"]
     assert f"stopped and saved at step {step}" in child.errors.read_text()
