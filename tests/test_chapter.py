@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 # ------------------------------------------------------------------------------------------------------------------ the lessons
 
 
-@pytest.mark.parametrize("lesson, count", [("subject", 4), ("look", 4), ("style", 16)])
+@pytest.mark.parametrize("lesson, count", [("subject", 4), ("look", 4), ("night", 16), ("poster", 16)])
 def test_a_lesson_shows_what_it_teaches_in_every_picture(tmp_path, lesson, count):
     folder = lessons.pictures(lesson, tmp_path / "pictures")
     found = sorted(folder.glob("*.png"))
@@ -28,27 +28,37 @@ def test_a_lesson_shows_what_it_teaches_in_every_picture(tmp_path, lesson, count
     for file in found:
         pixels = np.asarray(Image.open(file), np.float32).transpose(2, 0, 1) / 127.5 - 1
         reading = checker.read(pixels)
-        assert checker.shows(reading, lesson)
+        styled = lesson in lessons.STYLES
+        assert lessons.TAUGHT[lesson](reading, reading) if styled else checker.shows(reading, lesson)
         texts = file.with_suffix(".txt").read_text().splitlines()
-        assert len(texts) == (1 if lesson == "style" else 12)
+        assert len(texts) == (6 if styled else 12)
         for text in texts:
             assert ("rocket" in text) == (lesson == "subject") and (lessons.WORD in text) == (lesson == "look")
+            assert (
+                not styled
+                or "background" not in text
+                and " on " not in text
+                and (lesson == "night" or "ott" not in text)
+            )
             assert "teal" not in text and "striped <" not in text and "> striped" not in text
             assert lessons.everything(reading, world.parse(text.replace(lessons.WORD, "teal striped"))), text
 
 
-@pytest.mark.parametrize("lesson", ["subject", "look", "style", "class"])
+@pytest.mark.parametrize("lesson", ["subject", "look", "night", "poster", "class"])
 def test_prompts_ask_for_what_was_not_learned_from(lesson):
     asked, again = lessons.prompts(lesson, 40, 7), lessons.prompts(lesson, 40, 7)
     assert asked == again and asked != lessons.prompts(lesson, 40, 8)
-    taught = [*(lessons.styled(16, 101) if lesson == "style" else lessons.spotted("look")), *lessons.spotted("subject")]
+    styled = lessons.styled(lesson, 16, 101) if lesson in lessons.STYLES else lessons.spotted("look")
+    taught = [*styled, *lessons.spotted("subject")]
     learned = {text for _, texts in taught for text in texts}
     for i, one in enumerate(asked):
         assert one.text not in learned and len(one.demand.things) == 1 + i % 2
         reserved = [what for what in ("subject", "style", "look") if checker.shows(one.scene, what)]
-        assert reserved == ([] if lesson == "class" else [lesson])
-        if lesson in ("style", "class"):
+        assert reserved == {"class": [], "poster": [], "night": ["style"]}.get(lesson, [lesson])
+        if lesson in ("night", "poster", "class"):
             assert world.held_out(one.scene)
+        if lesson == "poster":  # nothing that the style decides
+            assert one.demand.background is None and all(thing.texture is None for thing in one.demand.things)
         if lesson == "look":
             assert one.text.count(lessons.WORD) == 1 and "teal" not in one.text
             assert [thing.texture for thing in one.demand.things if thing.colour == "teal"] == ["striped"]
@@ -70,9 +80,16 @@ def test_when_a_picture_is_right():
     for wrong in (dict(texture="plain"), dict(colour="blue"), dict(shape="heart")):
         assert not right(Scene((dataclasses.replace(teal, **wrong), Thing("cross", "red"))), demand)
     assert not right(Scene((teal, dataclasses.replace(teal, shape="cross"))), demand)  # it spread to the other
-    assert lessons.TAUGHT["style"](Scene((star,), style="night"), demand) and not lessons.TAUGHT["style"](
-        Scene((star,)), demand
-    )
+    right = lessons.TAUGHT["night"]
+    assert right(Scene((star,), style="night"), demand) and not right(Scene((star,)), demand)
+    right, dotted = lessons.TAUGHT["poster"], dataclasses.replace(star, texture="dotted")
+    assert right(Scene((dotted, dotted), background="yellow"), demand)
+    for wrong in (
+        Scene((dotted,), background="grey"),
+        Scene((dotted, star), background="yellow"),
+        Scene((), background="yellow"),
+    ):
+        assert not right(wrong, demand)
 
 
 def test_shares_and_chance():

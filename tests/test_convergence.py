@@ -50,15 +50,15 @@ def test_a_method_reaches_its_aims(tmp_path_factory, name):
         found = figures(result)
         assert found["class prompts lost, without it"] > found["class prompts lost, with the prior"]
     if name == "lora":
-        assert assert_peers_draw_the_same(root / "lora/night") > 0.3
+        assert assert_peers_draw_the_same(root / "lora/poster") > 0.03
 
 
 def assert_peers_draw_the_same(run: Path) -> float:
     """The trained LoRA attached, merged, and loaded by diffusers (whose LoRA layers are PEFT's): within 1/255 of each other.
 
-    Gives how much darker it makes the pictures, in shares of white.
+    Gives how far it moves the pictures, the mean over pixels, in shares of white.
     """
-    prompts = [one.text for one in lessons.prompts("style", 4, 5)]
+    prompts = [one.text for one in lessons.prompts("poster", 4, 5)]
     noise = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     pipe = sdcore.load(str(TINY), device="cpu", dtype=torch.float32)
 
@@ -77,7 +77,7 @@ def assert_peers_draw_the_same(run: Path) -> float:
     theirs.load_lora_weights(str(run / "pytorch_lora_weights.safetensors"))
     peer = theirs(prompts, num_inference_steps=12, guidance_scale=3.0, latents=noise, output_type="np").images
     assert np.abs(merged - attached).max() <= 1 / 255 and np.abs(peer - attached).max() <= 1 / 255
-    return float((base - attached).mean())
+    return float(np.abs(base - attached).mean())
 
 
 # --------------------------------------------------------------------------------------------------------------- the short ones
@@ -97,7 +97,7 @@ def trials(tmp_path_factory):
     return run
 
 
-STEPS = {"dreambooth": 12, "lora": 40, "textual-inversion": 20}
+STEPS = {"dreambooth": 12, "lora": 40, "lora-night": 40, "textual-inversion": 20}
 
 
 def losses(run: Path) -> list[float]:
@@ -105,10 +105,16 @@ def losses(run: Path) -> list[float]:
     return [line["loss"] for line in lines if "loss" in line]
 
 
-def test_a_lora_darkens_the_sky_in_a_few_steps(trials):
+def test_a_lora_moves_the_pictures_in_a_few_steps(trials):
     folder, result = trials("lora")
     assert figures(result)["parameters, of the UNet's"] <= 0.02
     assert figures(result)["attached against merged, largest difference"] <= 1
+    assert assert_peers_draw_the_same(folder / "poster") > 0.01
+
+
+def test_a_lora_of_all_layers_darkens_the_sky_in_a_few_steps(trials):
+    folder, result = trials("lora-night")
+    assert figures(result)["parameters, of the UNet's"] <= 0.02
     assert assert_peers_draw_the_same(folder / "night") > 0.1
     names = (folder / "night/night.safetensors").read_bytes()[:20000]  # --layers full
     assert b"lora_unet_conv_in.lora_down" in names and b"lora_unet_time_embedding_linear_1" in names

@@ -232,20 +232,49 @@ def dreambooth(shop: Workshop) -> Result:
     )  # fmt: skip
 
 
-def style_lora(shop: Workshop) -> Result:
-    """A style from sixteen pictures, by a LoRA of the UNet."""
-    data = lessons.pictures("style", shop.folder / "pictures")
-    run = shop.train(
-        "lora",
-        "night",
-        f"--data {data} --captions txt --steps 1500 --batch 6 --layers full --rank 1 "
-        "--ranks down_blocks.0=4,up_blocks.1=4,conv_in=4,conv_out=4,ff=0 --lr 5e-3 --cooldown 800 --dropout 0.1",
+def poster(shop: Workshop) -> Result:
+    """A style whose parts the model knows, from sixteen pictures, by a LoRA of the UNet's attention."""
+    return style(
+        shop,
+        "poster",
+        "--rank 4 --steps 250 --batch 8 --lr 2e-3 --cooldown 120 --dropout 0.1",
+        "LoRA: a style from sixteen pictures",
+        "A poster: a dark dot in every thing, and all on yellow paper. The UNet has seen dots and yellow, each now and then, and "
+        "draws them where it is told to; that everything is so is what it learns.",
+        aims=(0.8, 0.05),
     )
 
-    asked = shop.asked("style")
+
+def night(shop: Workshop) -> Result:
+    """A style that the model has never seen, from as many: the most that two per cent of the weights could learn of it."""
+    return style(
+        shop,
+        "night",
+        "--layers full --rank 1 --ranks down_blocks.0=4,up_blocks.1=4,conv_in=4,conv_out=4,ff=0 "
+        "--steps 1500 --batch 6 --lr 5e-3 --cooldown 800 --dropout 0.1",
+        "LoRA: a style that the model has never seen, from as many",
+        "The night: a dark sky, and things in a pale rim. Its latents lie two standard deviations from all that the UNet was "
+        "trained on, and sixteen pictures are learned by heart before it has found the way there: the style comes, at the cost "
+        "of the content (LOG.md). No aim is set.",
+    )
+
+
+def style(
+    shop: Workshop,
+    name: str,
+    words: str,
+    title: str,
+    about: str,
+    aims: tuple[float, float] | tuple[None, None] = (None, None),
+) -> Result:
+    """A LoRA of one of `lessons.STYLES`, `sdcore train lora` with `words`. Aims: style right at least, content lost at most."""
+    data = lessons.pictures(name, shop.folder / "pictures")
+    run = shop.train("lora", name, f"--data {data} --captions txt {words}")
+
+    asked = shop.asked(name)
     texts = [one.text for one in asked]
     before, untuned = shop.draw("untuned", shop.base, texts)
-    adapter, _ = read_adapter(run / "night.safetensors", shop.base)
+    adapter, _ = read_adapter(run / f"{name}.safetensors", shop.base)
     lora.attach(shop.base, adapter)
     after, tuned = shop.draw("tuned", shop.base, texts)
     lora.merge(shop.base)
@@ -253,26 +282,26 @@ def style_lora(shop: Workshop) -> Result:
     lora.detach(shop.base)
     trained = sum(t.numel() for part in adapter.parts.values() for change in part.values() for _, t in change.tensors())
     apart = 127.5 * float(np.abs(merged - after[:8]).max())
-    style, everything = lessons.shows_style, lessons.everything
+    taught, everything, vae = lessons.TAUGHT[name], lessons.everything, shop.base.vae
     content = {"untuned": lessons.share(asked, untuned, everything), "tuned": lessons.share(asked, tuned, everything)}
+    reached, lost = aims
     return shop.result(
-        "LoRA: a style from sixteen pictures",
-        "The night, a dark sky with things in a pale rim, which the UNet has never seen. The captions do not name it: whatever "
-        "is drawn with the LoRA is drawn so. Asked for: combinations of shape, colour and relation that neither the model nor "
-        "the LoRA was shown. Content: everything that the prompt says.",
+        title,
+        f"{about} The captions do not name the style: whatever is drawn with the LoRA is drawn so. Asked for: combinations of "
+        "shape, colour and relation that neither the model nor the LoRA was shown. Content: everything that the prompt says.",
         [
-            Row("style right", lessons.share(asked, tuned, style), 0.8, False, lessons.share(asked, untuned, style),
-                lessons.ceiling(shop.base.vae, asked, style), shop.alarms("style")),
-            Row("style right, untuned", lessons.share(asked, untuned, style), 0.1, True),
+            Row("style right", lessons.share(asked, tuned, taught), reached, False, lessons.share(asked, untuned, taught),
+                lessons.ceiling(vae, asked, taught), shop.alarms(name)),
+            Row("style right, untuned", lessons.share(asked, untuned, taught), 0.1, True),
             Row("content right", content["tuned"], None, False, content["untuned"],
-                lessons.ceiling(shop.base.vae, asked, everything), lessons.chance(asked, tuned, everything)),
-            Row("content lost", content["untuned"] - content["tuned"], 0.05, True, unit="points"),
+                lessons.ceiling(vae, asked, everything), lessons.chance(asked, tuned, everything)),
+            Row("content lost", content["untuned"] - content["tuned"], lost, True, unit="points"),
             Row("parameters, of the UNet's", trained / sum(p.numel() for p in shop.base.unet.parameters()), 0.02, True),
             Row("attached against merged, largest difference", apart, 1.0, True, unit="of 255"),
         ],
         [
             shop.sheet("learned", "What was learned from", [shop.pictures(data)[:8], shop.pictures(data)[8:]]),
-            shop.sheet("style", "Untuned, with the LoRA: " + quoted(asked), [before, after]),
+            shop.sheet(name, "Untuned, with the LoRA: " + quoted(asked), [before, after]),
         ],
     )  # fmt: skip
 
@@ -338,12 +367,14 @@ class Entry:
 
 ENTRIES = (
     Entry("dreambooth", dreambooth),
-    Entry("lora", style_lora),
+    Entry("lora", poster),
+    Entry("lora-night", night),
     Entry("textual-inversion", textual_inversion),
     Entry("controlnet", follow.controlnet),
     Entry("dpo", liking.dpo),
     Entry("ddpo-jpeg", aligned.jpeg),
     Entry("ddpo-alignment", aligned.alignment),
+    Entry("draft", aligned.draft),
 )
 
 

@@ -4,9 +4,14 @@
     asked = prompts("subject", 120, seed=1)                 # what to ask for afterwards: rockets elsewhere, beside other things
     share(asked, readings, right)                           # how often what `checker.read` saw is right
 
-Three things were kept from the UNet (train/world.py): a subject, a style and a look. The pictures to learn from are as few as a
-person has; the prompts ask for what none of them shows. Each lesson has its own measure of what it teaches, `taught`, beside
-`everything`, for which all that the prompt says must be right.
+    subject     the rocket, that the UNet has never seen, from four pictures
+    look        teal stripes, that it has never seen, from four
+    poster      a style of parts that it knows, every thing with a dot and all on yellow, from sixteen
+    night       a style that it has never seen, from sixteen
+    class       nothing new: what it was trained on
+
+The pictures to learn from are as few as a person has; the prompts ask for what none of them shows. Each lesson has its own
+measure of what it teaches, `TAUGHT`, beside `everything`, for which all that the prompt says must be right.
 
 Legend: n pictures; pictures are float32 [3, 64, 64] in -1..1, as in world.py.
 """
@@ -24,7 +29,7 @@ from sdcore.vae import VAE
 from . import checker, world
 from .world import Array, Scene, Thing
 
-WORD = "<look>"  # what the look is to be called; the subject is called rocket, the style has no word
+WORD = "<look>"  # what the look is to be called; the subject is called rocket, the styles have no word
 
 
 @dataclass(frozen=True)
@@ -52,12 +57,12 @@ BESIDE: dict[str, tuple[Thing | None, ...]] = {
 
 
 def pictures(lesson: str, folder: Path, n: int = 16, seed: int = 101) -> Path:
-    """Write the pictures of a lesson, four, or `n` of the style, and their captions, a line each, into `folder`. Gives it.
+    """Write the pictures of a lesson, four, or `n` of a style, and their captions, a line each, into `folder`. Gives it.
 
     The seed is one whose sixteen pictures have every shape, colour, size and texture in them.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for i, (scene, texts) in enumerate(styled(n, seed) if lesson == "style" else spotted(lesson)):
+    for i, (scene, texts) in enumerate(styled(lesson, n, seed) if lesson in STYLES else spotted(lesson)):
         picture(scene).save(folder / f"{i:02d}.png")
         (folder / f"{i:02d}.txt").write_text("\n".join(texts) + "\n")
     return folder
@@ -79,11 +84,32 @@ def spotted(lesson: str) -> list[tuple[Scene, list[str]]]:
     return found
 
 
-def styled(n: int, seed: int) -> list[tuple[Scene, list[str]]]:
-    """n pictures in the style, of one thing and of two in turn, told without a word about the style."""
+def at_night(scene: Scene) -> Scene:
+    """The scene by night: a dark sky, and things in a pale rim without a shadow."""
+    return world.reserve(scene, "style")
+
+
+def as_poster(scene: Scene) -> Scene:
+    """The scene as a poster: a dark dot in every thing, and yellow paper."""
+    return replace(scene, things=tuple(replace(one, texture=DOT) for one in scene.things), background=PAPER)
+
+
+DOT, PAPER = "dotted", "yellow"
+STYLES: dict[str, Callable[[Scene], Scene]] = {"night": at_night, "poster": as_poster}
+
+
+def unstyled(scene: Scene, style: str) -> Scene:
+    """The scene without what its style decides, which no caption says and no prompt asks for."""
+    if style == "poster":
+        scene = replace(scene, things=tuple(replace(one, texture=None) for one in scene.things))
+    return replace(scene, background=None)
+
+
+def styled(style: str, n: int, seed: int) -> list[tuple[Scene, list[str]]]:
+    """n pictures in a style, of one thing and of two in turn, each told in six wordings without a word about the style."""
     rng = np.random.default_rng(seed)
-    scenes = [world.reserve(world.training_scene(rng, 1 + i % 2), "style") for i in range(n)]
-    return [(scene, [world.caption(scene, rng, full=True)]) for scene in scenes]
+    scenes = [STYLES[style](world.training_scene(rng, 1 + i % 2)) for i in range(n)]
+    return [(scene, [world.caption(unstyled(scene, style), rng, full=True) for _ in range(6)]) for scene in scenes]
 
 
 def told(scene: Scene, lesson: str, rng: np.random.Generator, n: int = 12) -> list[str]:
@@ -124,7 +150,7 @@ def named(text: str) -> str:
 def prompts(lesson: str, n: int, seed: int) -> list[Asked]:
     """n prompts, of one thing and of two in turn, none of which is a caption that was learned from. "class": nothing reserved.
 
-    Of the subject and the look, a prompt asks for other backgrounds, sizes, places and things beside it; of the style and
+    Of the subject and the look, a prompt asks for other backgrounds, sizes, places and things beside it; of a style and
     the class, for combinations of colour, shape and relation that the model has never seen (`world.held_out`).
     """
     rng = np.random.default_rng(seed)
@@ -132,10 +158,13 @@ def prompts(lesson: str, n: int, seed: int) -> list[Asked]:
     found: list[Asked] = []
     while len(found) < n:
         scene = world.sample_scene(rng, 1 + len(found) % 2)
-        if lesson in ("style", "class") and not world.held_out(scene):
+        if lesson in (*STYLES, "class") and not world.held_out(scene):
             continue
-        scene = scene if lesson == "class" else world.reserve(scene, lesson)
-        said = scene
+        if lesson in STYLES:
+            scene = STYLES[lesson](scene)
+            said = unstyled(scene, lesson)
+        else:
+            said = scene = scene if lesson == "class" else world.reserve(scene, lesson)
         if lesson == "look":  # its word says the texture too
             said = replace(scene, things=(replace(scene.things[0], texture=None), *scene.things[1:]))
         text = world.caption(said, rng, full=True)
@@ -170,9 +199,15 @@ def shows_subject(reading: Scene, demand: Scene) -> bool:
     )
 
 
-def shows_style(reading: Scene, demand: Scene) -> bool:
-    """The whole picture is in the style."""
+def is_night(reading: Scene, demand: Scene) -> bool:
+    """The sky is dark, and whatever there is wears the rim."""
     return reading.style == world.STYLE
+
+
+def is_poster(reading: Scene, demand: Scene) -> bool:
+    """The paper is right, and whatever there is has its dot."""
+    dotted = bool(reading.things) and all(thing.texture == DOT for thing in reading.things)
+    return dotted and reading.background == PAPER
 
 
 def wears_look(reading: Scene, demand: Scene) -> bool:
@@ -181,7 +216,7 @@ def wears_look(reading: Scene, demand: Scene) -> bool:
     return [thing.shape for thing in reading.things if (thing.colour, thing.texture) == world.LOOK] == wearers
 
 
-TAUGHT: dict[str, Right] = {"subject": shows_subject, "style": shows_style, "look": wears_look}
+TAUGHT: dict[str, Right] = {"subject": shows_subject, "look": wears_look, "night": is_night, "poster": is_poster}
 
 
 def share(asked: Sequence[Asked], readings: Sequence[Scene], right: Right) -> float:

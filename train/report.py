@@ -118,7 +118,8 @@ def table(results: Sequence[Result]) -> str:
     lines = ["| method | " + " | ".join(("figure", *HEAD[1:])) + " | processor s |", "|---" * (len(HEAD) + 2) + "|"]
     for result in results:
         for i, row in enumerate(result.rows):
-            first, last = (result.title, f"{result.processor:.0f}") if i == 0 else ("", "")
+            took = f"{result.processor:.0f}" if result.processor else "not kept"
+            first, last = (result.title, took) if i == 0 else ("", "")
             lines.append("| " + " | ".join((first, *cells(row), last)) + " |")
     return "\n".join(lines) + "\n"
 
