@@ -153,7 +153,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-@pytest.mark.timeout(20)
+@pytest.mark.timeout(20, func_only=True)
 def test_refused(tmp_path, case):
     data, *words = WRONG[case]
     refused(tmp_path / "m.safetensors", data, *words)
@@ -314,7 +314,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("case", HOSTILE)
-@pytest.mark.timeout(20)
+@pytest.mark.timeout(20, func_only=True)
 def test_hostile_pickle(tmp_path, case):
     marker = tmp_path / "marker"
     program = HOSTILE[case].replace(b"MARKER", str(marker).encode())

@@ -506,7 +506,7 @@ BAD_CONFIGS = {
 
 
 @pytest.mark.parametrize("case", BAD_CONFIGS)
-@pytest.mark.timeout(30)
+@pytest.mark.timeout(30, func_only=True)
 def test_bad_config(model, case):
     part, changes, *words = BAD_CONFIGS[case]
     edit(ck.config_file(model / part), **changes)
