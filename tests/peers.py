@@ -6,6 +6,7 @@
 import math
 from dataclasses import replace
 
+import numpy as np
 import torch
 import transformers
 from sdcore.kernels.peers import unet_of, vae_of
@@ -134,3 +135,8 @@ def _vision(c: CLIPVisionConfig) -> nn.Module:
             patch_size=c.patch,
         )
     )
+
+
+def bytes_of(pictures) -> np.ndarray:
+    """Levels of pictures [n, h, w, c], of a type whose differences have a sign."""
+    return np.stack([np.asarray(p, dtype=np.int16) for p in pictures])

@@ -28,8 +28,8 @@ from sdcore.cli import main
 from sdcore.controlnet import Control, ControlNet
 from sdcore.errors import ConfigError
 from sdcore.image import open_picture
+from tests.runs import final
 from tests.test_cli_pictures import commands
-from tests.test_train import final
 
 TINY = Path(__file__).parents[1] / "weights" / "tiny"
 

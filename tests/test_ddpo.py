@@ -26,7 +26,7 @@ from sdcore.train.task import Part
 from sdcore.errors import ConfigError, TrainingError
 from sdcore.scheduler import alpha_bars
 from tests import tiny_models
-from tests.test_train import Cut, assert_same_bits, cut_at, final
+from tests.runs import Cut, assert_same_bits, cut_at, final
 
 PROMPTS = ["a red circle", "a green square above a blue circle", "photo of a cat"]
 # How red a picture is, a tenth of it by chance of its place: every picture its own number. Each asking leaves a line.

@@ -24,7 +24,7 @@ from sdcore import image, lora
 from sdcore.changes import LowRank
 from sdcore.errors import ConfigError, TrainingError
 from sdcore.scheduler import alpha_bars
-from tests.test_train import Cut, assert_same_bits, cut_at, final
+from tests.runs import Cut, assert_same_bits, cut_at, final
 
 ROOT = Path(__file__).parents[1]
 

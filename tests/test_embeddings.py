@@ -15,7 +15,8 @@ from sdcore import embeddings
 from sdcore import prompt as grammar
 from sdcore.embeddings import Embedding
 from sdcore.errors import AdapterError, CheckpointError, PromptError
-from tests.test_prompt import bytes_of, models, noise, peer_embeds, peer_of, pipes  # noqa: F401 (fixtures)
+from tests.peers import bytes_of
+from tests.test_prompt import models, noise, peer_embeds, peer_of, pipes  # noqa: F401 (fixtures)
 
 G = torch.Generator().manual_seed(7)
 L, H = 32, 64  # the widths of the small models' text encoders

@@ -26,13 +26,12 @@ from sdcore.train.ddpo import DDPO, DDPOOptions
 from sdcore.train.finetune import Finetune, FinetuneOptions
 from sdcore.train.loop import LoopOptions, Task
 
+from tests.runs import assert_same_bits, final
 from tests.test_methods import RUNS, options, place  # noqa: F401  (a fixture)
 from tests.test_train import (
     SMALL_TEXT,
     SMALL_UNET,
     SMALL_VAE,
-    assert_same_bits,
-    final,
     text_options,
     vae_options,
     word_options,

@@ -22,6 +22,7 @@ from sdcore.clip import LayerNorm
 from sdcore.errors import AdapterError, ConfigError
 from sdcore.unet import SD15, SDXL, GroupNorm, UNet, UNetConfig
 from tests import peers, tiny_models
+from tests.peers import bytes_of
 from tests.timing import fastest
 
 THIN = UNetConfig(channels=(16,), layers=1, depths=(1,), heads=(2,), cross_only=(False,), context_dim=16, norm_groups=4)
@@ -682,10 +683,6 @@ def peft_keys(adapter: lora.Adapter) -> dict[str, torch.Tensor]:
         for layer, change in changes.items()
         for letter, tensor in (("A", change.down), ("B", change.up))
     }
-
-
-def bytes_of(pictures) -> np.ndarray:
-    return np.stack([np.asarray(p, dtype=np.int16) for p in pictures])
 
 
 NOISE = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))

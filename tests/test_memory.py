@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 from sdcore.train import loop, memory, optimisers, tuning
 from sdcore.train.caches import fingerprint
 from sdcore.train.controlnet import ControlNetOptions, TrainControlNet
@@ -30,6 +29,7 @@ from sdcore.train.textual_inversion import InversionOptions, TextualInversion
 
 import sdcore
 from sdcore.errors import TrainingError
+from tests.runs import assert_same_bits, final
 
 ROOT = Path(__file__).parents[1]
 REPORT = ROOT / "docs/reports/memory.md"
@@ -65,16 +65,6 @@ def task(place, method: str = "finetune", **changes) -> tuning.Tune:
     )  # fmt: skip
     o = described(**(given | own | changes))
     return kind(o, tuning.load(o))
-
-
-def final(out: Path) -> dict[str, torch.Tensor]:
-    """The state of a run's newest checkpoint."""
-    return load_file(sorted((out / "checkpoints").glob("step-*"))[-1] / "state.safetensors")
-
-
-def assert_same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
-    assert a.keys() == b.keys() and len(a) > 3
-    assert [name for name in a if not torch.equal(a[name], b[name])] == []
 
 
 class Real(memory.Meter):

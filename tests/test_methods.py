@@ -40,9 +40,10 @@ from sdcore.controlnet import Control
 from sdcore.embeddings import Embedding
 from sdcore.errors import ConfigError, TrainingError
 from tests import tiny_models
+from tests.peers import bytes_of
+from tests.runs import Cut, assert_same_bits, cut_at, final
 from tests.test_embeddings import peer_takes
-from tests.test_lora import NOISE, bytes_of, peer
-from tests.test_train import Cut, assert_same_bits, cut_at, final
+from tests.test_lora import NOISE, peer
 
 CAPTIONS = ["a red circle on the green", "a large blue square", "photo of a dog in the background"]
 SIDE = (

@@ -12,6 +12,7 @@ import sdcore
 from sdcore.errors import ConfigError, NonFiniteError, PromptError
 from sdcore.samplers import SAMPLERS
 from tests import tiny_models
+from tests.peers import bytes_of
 
 TEXT_TO_IMAGE = ["sd1", "sd2-base", "sd2", "sdxl", "sdxl-turbo"]
 
@@ -23,10 +24,6 @@ def peer(folder, family: str):
     pipe = cls.from_pretrained(folder, **options)
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-def bytes_of(pictures) -> np.ndarray:
-    return np.stack([np.asarray(p, dtype=np.int16) for p in pictures])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])

@@ -21,6 +21,7 @@ from sdcore.pipeline import Conditions, Region
 from sdcore.samplers import make_steps
 from sdcore.tokenizer import Tokenizer
 from tests import tiny_models
+from tests.peers import bytes_of
 from tests.timing import fastest
 
 B = "/"  # a row ends here
@@ -352,10 +353,6 @@ def peer_of(folder, family):
     pipe = getattr(diffusers, tiny_models.PIPELINES[family]).from_pretrained(folder, **options)
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-def bytes_of(pictures):
-    return np.stack([np.asarray(p, dtype=np.int16) for p in pictures])
 
 
 def noise(count=1):

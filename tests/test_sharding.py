@@ -13,8 +13,8 @@ from sdcore.train.dreambooth import DreamBooth, DreamBoothOptions
 from sdcore.train.lora import LoRAOptions, TrainLoRA
 
 from sdcore.errors import TrainingError
+from tests.runs import Line, assert_same_bits, final, line_options
 from tests.test_methods import options, place  # noqa: F401  (a fixture)
-from tests.test_train import Line, assert_same_bits, final, line_options
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 

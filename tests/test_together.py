@@ -9,9 +9,10 @@ from sdcore.weights.embeddings import read_embeddings
 
 import sdcore
 from sdcore import embeddings, lora
+from tests.peers import bytes_of
 from tests.test_embeddings import FEW, WIDE, peer_takes
 from tests.test_lora import pipeline_lora
-from tests.test_prompt import bytes_of, models, noise, peer_embeds, peer_of  # noqa: F401 (a fixture)
+from tests.test_prompt import models, noise, peer_embeds, peer_of  # noqa: F401 (a fixture)
 
 PIECES = [  # the embedding, of three vectors, in a weighted piece and in a plain one; more than 77 tokens
     ("photo of a", 1.0), ("red <cat-toy> <cat-toy>_1 <cat-toy>_2 in", 1.8), ("the green background,", 1.0),

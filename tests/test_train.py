@@ -37,6 +37,7 @@ from sdcore.weights import files
 from sdcore.errors import NonFiniteError, TrainingError
 from sdcore.tokenizer import Tokenizer
 from tests import weighed
+from tests.runs import Cut, Line, assert_same_bits, cut_at, final, line_options
 
 SMALL_VAE = dataclasses.replace(vae.CONFIG, channels=(32, 32, 32, 32))  # narrower ones run slower on a CPU
 SMALL_UNET = dataclasses.replace(text2image.UNET, channels=(16, 16), heads=(2, 2), context_dim=16)
@@ -75,37 +76,7 @@ def text_options(out: Path, **changes) -> text2image.TextToImageOptions:
     return text2image.TextToImageOptions(out=str(out), **(defaults | places | changes))
 
 
-def final(out: Path) -> dict[str, torch.Tensor]:
-    """The state of a run's newest checkpoint, out of the file's reach."""
-    tensors = load_file(sorted((out / "checkpoints").glob("step-*"))[-1] / "state.safetensors")
-    return {name: tensor.clone() for name, tensor in tensors.items()}
-
-
-def assert_same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
-    assert a.keys() == b.keys() and len(a) > 3
-    assert [k for k in a if not torch.equal(a[k], b[k])] == []
-
-
 # ------------------------------------------------------------------------------------------------- a task small enough to see
-
-
-class Line(loop.Task):
-    """Fit y = 2 x: what the loop does to it can be worked out by hand."""
-
-    def __init__(self, poison: range = range(0)):
-        torch.manual_seed(0)
-        self.modules = {"line": torch.nn.Linear(3, 1)}
-        self.poison = poison
-
-    def loss(self, part):
-        x = part.of(torch.randn(part.batch, 3, generator=part.common()))
-        loss = (self.modules["line"](x) - 2 * x.sum(dim=1, keepdim=True)).square().mean()
-        return loop.Loss(loss * (float("nan") if part.step in self.poison else 1.0), len(x))
-
-
-def line_options(out: Path, **changes) -> loop.LoopOptions:
-    defaults = dict(steps=40, batch=4, warmup=4, cooldown=10, save_every=5, log_every=4, ema=0.9, threads=1)
-    return loop.LoopOptions(out=str(out), **(defaults | changes))
 
 
 class Halts(Line):
@@ -689,23 +660,6 @@ def test_the_curve_is_drawn_from_a_log_with_a_torn_line(tmp_path):
 
 
 # --------------------------------------------------------------------------------------------------------- the two methods
-
-
-class Cut(Exception):
-    pass
-
-
-def cut_at(task, step: int):
-    """The task, dying without warning at a step."""
-    whole = task.loss
-
-    def loss(part):
-        if part.step == step:
-            raise Cut
-        return whole(part)
-
-    task.loss = loss
-    return task
 
 
 def test_every_method_resumes_to_the_same_bits_and_export(tmp_path, small):
