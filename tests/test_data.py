@@ -349,6 +349,10 @@ def test_a_cache_does_not_serve_another_model_and_mends_what_is_damaged(folder, 
     read = caches.Texts(reader(text), [text], tmp_path / "cache")
     context = read(["a", "b"])["context"]
     assert torch.equal(context[0], text(torch.tensor([[97] + [399] * 76])).last[0]) and not torch.equal(*context)
+    stranger = CLIPText(text.config).eval()
+    assert not torch.equal(
+        caches.Texts(reader(stranger), [stranger], tmp_path / "cache")(["a"])["context"], context[:1]
+    )
     assert caches.fingerprint(vae) == caches.fingerprint(vae) != caches.fingerprint(other)
 
 
