@@ -271,15 +271,37 @@ def test_two_windows_do_not_overrule_each_other(run, servers, page_of):
     eventually(lambda: len(labels.labels(run)) == 2)
 
 
-def test_what_another_window_answered_is_heard_within_ten_seconds(run, servers, page_of):
+def test_an_answer_is_taken_back_while_the_server_is_away(run, servers, page_of):
+    server, process = servers(run)
+    page = page_of(server.address)
+    first = shown(page)
+    second = press(run, page, first)
+    eventually(lambda: leaving_is_free(page))
+    process.kill()
+    process.join()
+    page.keyboard.press("u")
+    assert shown(page, beside=second) == first and page.inner_text("#count") == "0 of 40"
+    press(run, page, first, right=False)
+    servers(run)
+    eventually(lambda: leaving_is_free(page))
+    (label,) = labels.labels(run)
+    assert label.answer == "ba"[warmer(run, label.pictures)]
+
+
+def test_an_answer_goes_out_at_once_and_others_are_heard_of_within_ten_seconds(run, servers, page_of):
+    """The page's clock stands still, but for these ten seconds."""
     server, _ = servers(run)
     page = page_of("about:blank")
-    page.clock.install()
+    page.clock.install(time=0)
+    page.clock.pause_at(1)
     page.goto(server.address)
-    shown(page)
-    labels.append(run, next(iter(labels.questions(run))), "skip")
+    press(run, page, shown(page))
+    eventually(lambda: len(labels.labels(run)) == 1)
+    labels.append(run, list(labels.questions(run))[1], "skip")  # as another window does
+    eventually(lambda: leaving_is_free(page))
+    assert page.inner_text("#count") == "1 of 40"
     page.clock.fast_forward(10_000)
-    until(page, "#count", "1 of 40")
+    until(page, "#count", "2 of 40")
 
 
 def test_nobody_judges_what_is_not_to_be_seen(run, servers, page_of):
@@ -329,14 +351,19 @@ def test_mouse_skip_and_a_double_click(run, servers, page_of):
     other = {"a": "b", "b": "a"}
     found = [label.answer for label in labels.labels(run)]
     assert found == [other[asked[0].left], asked[1].left, "skip"]
-    assert page.complaints == []
+    assert page.complaints == [] and page.is_hidden("#scores")
+    before = lines(run)
+    page.reload()
+    shown(page)
+    eventually(lambda: leaving_is_free(page))
+    assert lines(run) == before  # nothing is sent a second time
 
 
 def test_a_key_held_down_answers_once_and_other_keys_nothing(run, servers, page_of):
     server, _ = servers(run)
     page = page_of(server.address)
     pictures = shown(page)
-    for key in ("3", "x", "Control+ArrowLeft", "Alt+ArrowLeft", "Meta+ArrowRight", "Escape", "Shift", "u"):
+    for key in ("u", "3", "x", "Control+ArrowLeft", "Alt+ArrowLeft", "Meta+ArrowRight", "Escape", "Shift"):
         page.keyboard.press(key)
     assert shown(page) == pictures
     for _ in range(5):
