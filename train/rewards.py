@@ -5,6 +5,7 @@
 
     compressibility, incompressibility      minus, plus the kB of the picture as a JPEG of quality 95
     checker, checker:all                    the bundled world's exact checker: share right of what the prompt says; 1 if all is
+    eye:FILE                                a network that learned to read the bundled world, with gradients (train/eye.py)
     aesthetic:CLIP,HEAD                     the LAION aesthetic predictor, with gradients (train/clip_rewards.py, and the next)
     clip:CLIP                               cosine of picture and prompt, with gradients
     pick:CLIP                               logit scale times that cosine, as PickScore, with gradients
@@ -201,6 +202,12 @@ def ask(rest: str, out: Path, device: str | torch.device) -> Reward:
     return Questions(Path(rest))
 
 
+def eye(rest: str, out: Path, device: str | torch.device) -> Reward:
+    from .eye import Seen
+
+    return Seen(Path(rest), device)
+
+
 def server(url: str, out: Path, device: str | torch.device) -> Reward:
     from .endpoint import Server
 
@@ -223,6 +230,7 @@ MAKERS: dict[str, Callable[[str, Path, str | torch.device], Reward]] = {  # what
     "pick": functools.partial(clip, name="pick"),
     "hps": hps,
     "ask": ask,
+    "eye": eye,
 }
 ALONE = ("compressibility", "incompressibility", "checker", "people")  # need nothing behind a colon
 # A mix is cut at a plus behind which a reward begins, for file names have pluses too.

@@ -34,6 +34,7 @@ METHODS = (
     "text2image",
     "text",
     "vae",
+    "eye",
 )
 BENCHES = ("kernels", "unet", "pipeline", "train", "compile")
 NO_MEMORY = ("out of memory", "can't allocate memory")
