@@ -375,7 +375,6 @@ ENTRIES = (
     Entry("ddpo-jpeg", aligned.jpeg),
     Entry("ddpo-alignment", aligned.alignment),
     Entry("draft", aligned.draft),
-    Entry("draft", aligned.draft),
 )
 
 
