@@ -203,9 +203,9 @@ def test_a_contestant_that_takes_too_long_is_left_out():
 
     able, unable = models.ready({"broken": broken, "fine": dict}, lambda one: None, models.time.monotonic() + 600)
     assert set(able) == {"fine"} and unable == {"broken": "FAILED: ValueError: cannot"}
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)  # nobody is interrupted later
     able, unable = models.ready({"slow": endless}, lambda one: None, models.time.monotonic() + 0.3)
     assert able == {} and unable == {"slow": "FAILED: OutOfTimeError: no time left"}
-    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)  # nobody is interrupted later
 
 
 # ---------------------------------------------------------------------------------------------------------- the whole thing
