@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from sdcore.train import aligned, eye, loop, rewards, world
+from sdcore.train import aligned, chapter, eye, loop, report, rewards, world
 from sdcore.train.ranks import Ranks
 from sdcore.train.state import State
 from sdcore.weights import files
@@ -228,3 +228,13 @@ def test_what_it_says_is_judged_by_everything():
 
 def test_ranked_is_the_share_of_pairs_in_order():
     assert aligned.ranked(torch.tensor([3.0, 1.0, 2.0, 0.0]), torch.tensor([1.0, 1.0, 0.0, 0.0])) == 0.75
+
+
+@pytest.mark.check
+def test_draft_gains_what_ddpo_gains_from_a_third_of_the_pictures(tmp_path):
+    """The entry of `make chapter`, from the beginning, on as many threads as its report: every aim met."""
+    assert chapter.main(["--only", "draft", "--out", str(tmp_path), "--threads", "1"]) == 0
+    found = report.load(tmp_path / "draft")
+    print(report.table([found]))
+    assert all(row.met for row in found.rows), [row for row in found.rows if not row.met]
+    assert sum(row.aim is not None for row in found.rows) == 3
