@@ -201,6 +201,17 @@ def test_a_save_that_fails_leaves_what_was_there(tmp_path, monkeypatch, call):
     assert list(tmp_path.glob(".writing-*")) == []
 
 
+def test_what_was_left_half_written_is_removed(tmp_path):
+    """Even of a step at which this run saves nothing, so that no save comes over it."""
+    with pytest.raises(Cut):
+        loop.run(cut_at(Line(), 12), line_options(tmp_path))
+    stale = tmp_path / "checkpoints/.writing-00000011"
+    stale.mkdir()
+    (stale / "state.safetensors").write_bytes(bytes(100))
+    assert loop.run(Line(), line_options(tmp_path, resume=True)) == 0
+    assert not stale.exists() and (tmp_path / "checkpoints/step-00000040").is_dir()
+
+
 def test_refusals(tmp_path):
     with pytest.raises(TrainingError, match="no checkpoint here verifies"):
         loop.run(Line(), line_options(tmp_path / "none", resume=True))
