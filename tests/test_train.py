@@ -569,6 +569,10 @@ def test_the_log_of_a_resumed_run_is_that_of_the_whole(tmp_path):
         for lines in (log_lines(tmp_path / "whole"), found)
     ]
     assert figures[0] == figures[1] and len(figures[0]) == 4
+    loop.run(Line(), line_options(tmp_path / "each", **o | {"log_every": 1}))
+    each = [line["loss"] for line in log_lines(tmp_path / "each") if "loss" in line]
+    for step, (loss, _) in figures[0].items():  # both are rounded to six places
+        assert loss == pytest.approx(sum(each[step - 5 : step]) / 5, rel=0, abs=1.001e-6)
 
 
 class Judged(Line):
