@@ -5,6 +5,7 @@ Everything runs on networks of a few thousand parameters; that the methods learn
 
 import dataclasses
 import io
+import itertools
 import json
 import os
 import signal
@@ -32,6 +33,7 @@ from sdcore.train import (
     vocabulary,
     world,
 )
+from sdcore.train.task import generator
 from sdcore.weights import files
 
 from sdcore.errors import NonFiniteError, TrainingError
@@ -550,6 +552,12 @@ def test_gradients_are_shortened_together_or_not_at_all(tmp_path):
 
 def log_lines(out: Path) -> list[dict]:
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def test_every_seed_step_and_place_has_a_stream_of_its_own():
+    keys = [*itertools.product(range(3), repeat=3), *itertools.product(range(3), repeat=2), (1, 23), (12, 3), (123,)]
+    first, again = ([torch.rand(2, generator=generator(*key)).tolist() for key in keys] for _ in range(2))
+    assert first == again and len({number for pair in first for number in pair}) == 2 * len(keys)
 
 
 def test_the_log_of_a_resumed_run_is_that_of_the_whole(tmp_path):
