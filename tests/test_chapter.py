@@ -166,6 +166,8 @@ def test_markdown_and_its_table(result, tmp_path):
     )
     table = report.table([found])
     assert table.splitlines()[2] == "| A style | right | 85.0 % | ≥ 80.0 % | 1.0 % | 99.0 % | 2.0 % | 61 |"
+    untimed = report.table([dataclasses.replace(found, processor=0.0)])
+    assert untimed.splitlines()[2].endswith("| 2.0 % | not kept |")
     page = tmp_path / "page.md"
     page.write_text("before\n\n" + "\n".join(table.splitlines()[:2]) + "\n| old |\n\nafter\n")
     report.replace_table(page, table)
