@@ -6,6 +6,8 @@ import torch
 from safetensors.torch import load_file
 from sdcore.train import loop
 
+from tests import tiny_models
+
 
 def final(out: Path) -> dict[str, torch.Tensor]:
     """The state of a run's newest checkpoint, out of the file's reach."""
@@ -52,3 +54,15 @@ def cut_at(task, step: int):
 
     task.loss = loss
     return task
+
+
+PROMPTS = ["a red circle", "a green square above a blue circle", "photo of a cat"]
+
+
+def rewarded(folder: Path, reward: str) -> Path:
+    """What tuning to a reward takes: small random models sd1 and sdxl, prompts.txt, and red.py, which holds the reward."""
+    for family in ("sd1", "sdxl"):
+        tiny_models.write_folder(folder / family, family, seed=3)
+    (folder / "prompts.txt").write_text("\n".join(PROMPTS))
+    (folder / "red.py").write_text(reward)
+    return folder

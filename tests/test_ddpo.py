@@ -25,10 +25,8 @@ from sdcore.train.task import Part
 
 from sdcore.errors import ConfigError, TrainingError
 from sdcore.scheduler import alpha_bars
-from tests import tiny_models
-from tests.runs import Cut, assert_same_bits, cut_at, final
+from tests.runs import PROMPTS, Cut, assert_same_bits, cut_at, final, rewarded
 
-PROMPTS = ["a red circle", "a green square above a blue circle", "photo of a cat"]
 # How red a picture is, a tenth of it by chance of its place: every picture its own number. Each asking leaves a line.
 REWARD = """
 from pathlib import Path
@@ -42,12 +40,7 @@ def reward(pictures, prompts):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ddpo")
-    for family in ("sd1", "sdxl"):
-        tiny_models.write_folder(folder / family, family, seed=3)
-    (folder / "prompts.txt").write_text("\n".join(PROMPTS))
-    (folder / "red.py").write_text(REWARD)
-    return folder
+    return rewarded(tmp_path_factory.mktemp("ddpo"), REWARD)
 
 
 def options(place: Path, out: Path, family: str = "sd1", **changes) -> DDPOOptions:

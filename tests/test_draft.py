@@ -20,10 +20,8 @@ from sdcore.train.task import generator
 from sdcore.errors import ConfigError
 from sdcore.samplers import make_steps, sample
 from sdcore.scheduler import alpha_bars
-from tests import tiny_models
-from tests.test_train import Cut, assert_same_bits, cut_at, final
+from tests.runs import PROMPTS, Cut, assert_same_bits, cut_at, final, rewarded
 
-PROMPTS = ["a red circle", "a green square above a blue circle", "photo of a cat"]
 REWARD = """
 differentiable = True
 
@@ -34,12 +32,7 @@ def reward(pictures, prompts):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("draft")
-    for family in ("sd1", "sdxl"):
-        tiny_models.write_folder(folder / family, family, seed=3)
-    (folder / "prompts.txt").write_text("\n".join(PROMPTS))
-    (folder / "red.py").write_text(REWARD)
-    return folder
+    return rewarded(tmp_path_factory.mktemp("draft"), REWARD)
 
 
 def options(place: Path, out: Path, family: str = "sdxl", **changes) -> DRaFTOptions:
