@@ -153,6 +153,9 @@ def test_bad_files_and_pictures_are_refused(file, tmp_path):
     files.write(tmp_path / "short.safetensors", tensors)
     with pytest.raises(CheckpointError, match="say.2.bias"):
         rewards.make(f"eye:{tmp_path}/short.safetensors", tmp_path)
+    files.write(tmp_path / "wide.safetensors", tensors | {"say.2.bias": torch.zeros(3)})
+    with pytest.raises(CheckpointError, match=r"say.2.bias has shape \[3\], expected \[60\]"):
+        rewards.make(f"eye:{tmp_path}/wide.safetensors", tmp_path)
     files.write(tmp_path / "nan.safetensors", tensors | {"say.2.bias": bias * float("nan")})
     with pytest.raises(CheckpointError, match="say.2.bias"):
         rewards.make(f"eye:{tmp_path}/nan.safetensors", tmp_path)
@@ -168,6 +171,14 @@ def options(out, **changes) -> eye.EyeOptions:
         out=str(out), steps=4, batch=8, worn=32, warmup=0, cooldown=0, ema=0.0, eval_every=0, save_every=2, threads=1
     )
     return eye.EyeOptions(**(given | changes))
+
+
+@pytest.mark.parametrize("wrong", [{"worn": 0}, {"worn": -3}, {"grain": -0.1}, {"grain": 1.1}, {"grain": float("nan")}])
+def test_options_that_cannot_be_are_refused(tmp_path, wrong):
+    with pytest.raises(
+        ConfigError, match=r"--worn -?\d+, --grain \S+: expected at least one picture, and noise from 0 to 1"
+    ):
+        eye.TrainEye(options(tmp_path / "x", **wrong))
 
 
 def test_it_learns_and_a_resumed_run_has_the_same_bits(tmp_path):

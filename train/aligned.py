@@ -14,7 +14,6 @@ The sampler is DDIM of 4 steps, as random as DDPM, without guidance: a twelfth o
 leaves the untuned model something to learn.
 """
 
-import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,7 +29,6 @@ from sdcore.pipeline import Pipeline
 
 from . import guards, judge, liking, rewards
 from .dpo import TRIED
-from .prompts import of_world
 from .report import Result, Row, Sheet
 
 if TYPE_CHECKING:
@@ -49,11 +47,6 @@ OTHERS = ("a blue circle and a red cross", "a pink square above a green star", "
 def pictures(pipe: Pipeline, texts: Sequence[str], seed: int) -> Tensor:
     """Pictures [n, 3, 64, 64] in 0..1, the k-th of noise seed + k."""
     return judge.drawn(pipe, texts, seed, **liking.WAY) / 2 + 0.5
-
-
-def interval(differences: Tensor) -> tuple[float, float]:
-    """The mean of differences [n], and what is to be added on both sides for 95 %."""
-    return differences.mean().item(), 1.96 * differences.std().item() / math.sqrt(len(differences))
 
 
 def tuned(shop: "Workshop", run: Path, texts: Sequence[str], seed: int) -> Tensor:
@@ -112,7 +105,7 @@ def jpeg(shop: "Workshop") -> Result:
         for kind, asked, seed in (("seen", seen, 0), ("new", new, 1000)):
             after = tuned(shop, run, asked, seed)
             base, found = (size(x, asked) for x in (before[kind], after))
-            mean, margin = interval((found - base) / base.mean())
+            mean, margin = liking.interval((found - base) / base.mean())
             which = "prompts trained on" if kind == "seen" else "other prompts"
             aim = 0.3 if kind == "seen" else None
             rows.append(Row(f"{run_name}: JPEG kB, {which}", found.mean().item(), base=base.mean().item(), unit="kB"))
@@ -138,20 +131,13 @@ def jpeg(shop: "Workshop") -> Result:
     )
 
 
-def told(shop: "Workshop", run: Path) -> tuple[list[str], tuple[Tensor, Tensor], list[Tensor]]:
-    """The prompts that DPO is judged on, the pictures from its noises, untuned and tuned by a run, and which are right [n]."""
-    texts = of_world((2,), liking.COUNT, liking.SEED, held_out=True)
-    drawn = liking.both(shop, run / f"{run.name}.safetensors", texts)
-    return texts, drawn, [liking.correct(x, texts) for x in drawn]
-
-
 def on_the_way(shop: "Workshop", run: Path, batch: int, texts: list[str], before: Tensor) -> list[Row]:
     """What a run of `batch` pictures an update had gained at its checkpoints; `before` [n]: what was right, untuned."""
     rows = []
     for step in (20, 40):
         with lora.using(shop.base, learnt(run / "checkpoints" / f"step-{step:08d}")):
             then = judge.drawn(shop.base, texts, TRIED, **liking.WAY) / 2 + 0.5
-        mean, half = interval(liking.correct(then, texts) - before)
+        mean, half = liking.interval(liking.correct(then, texts) - before)
         rows.append(Row(f"gain after {batch * step} pictures (± {half:.1%})", mean, unit="points"))
     return rows
 
@@ -168,10 +154,10 @@ def alignment(shop: "Workshop") -> Result:
         f"--eval-every 15 --save-every 20 --keep 3 {COMMON}"
     )
     run = shop.train("ddpo", "checker", words, common="")
-    texts, (before, after), right = told(shop, run)
+    texts, (before, after), right = liking.told(shop, run)
     share = rewards.Checker(whole=False)
     shares = [share(x, texts) for x in (before, after)]
-    gain, margin = interval(right[1] - right[0])
+    gain, margin = liking.interval(right[1] - right[0])
     return shop.result(
         "DDPO: more of what the prompt says",
         f"The reward is the share right of what the prompt says, read by the world's checker. Judged on {len(texts)} prompts for "
@@ -195,7 +181,7 @@ def alignment(shop: "Workshop") -> Result:
 def draft(shop: "Workshop") -> Result:
     """More of what the prompt says, through the sampler.
 
-    Of the four steps, the last two have gradients: what comes back through more of them is a hundred times its noise.
+    Of the four steps, the last two have gradients: what comes back through more of them is mostly noise (docs/alignment.md).
     """
     eye = shop.train("eye", "eye", "--steps 1200", common="") / "eye.safetensors"
     words = (
@@ -204,8 +190,8 @@ def draft(shop: "Workshop") -> Result:
         f"--keep 4 {COMMON}"
     )
     run = shop.train("draft", "seen", words, common="")
-    texts, (before, after), right = told(shop, run)
-    gain, margin = interval(right[1] - right[0])
+    texts, (before, after), right = liking.told(shop, run)
+    gain, margin = liking.interval(right[1] - right[0])
     seen = rewards.make(f"eye:{eye}", run)
     likes = [seen(x, texts) for x in (before, after)]
     return shop.result(

@@ -246,7 +246,7 @@ def poster(shop: Workshop) -> Result:
 
 
 def night(shop: Workshop) -> Result:
-    """A style that the model has never seen, from as many: the most that two per cent of the weights could learn of it."""
+    """A style that the model has never seen, from as many, with two per cent of the weights: its content is lost."""
     return style(
         shop,
         "night",

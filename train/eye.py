@@ -201,9 +201,13 @@ class EyeOptions(LoopOptions):
 
 
 class TrainEye(Task):
-    """What trains and what the loss is."""
+    """What trains and what the loss is. ConfigError: no worn pictures, or noise out of range."""
 
     def __init__(self, options: EyeOptions):
+        if options.worn < 1 or not 0 <= options.grain <= 1:
+            raise ConfigError(
+                f"--worn {options.worn}, --grain {options.grain:g}: expected at least one picture, and noise from 0 to 1"
+            )
         self.options = options
         torch.manual_seed(options.seed)
         self.eye = Eye()

@@ -6,6 +6,7 @@ have no combination that training never showed, the prompts of the figures have 
 """
 
 import math
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -52,11 +53,8 @@ def dpo(shop: "Workshop") -> "Result":
     worth = [warm(pictures, texts) for pictures in (base, tuned)]
     wins = (worth[1] > worth[0]).float() + 0.5 * (worth[1] == worth[0])
 
-    texts = of_world((2,), COUNT, SEED, held_out=True)
-    before, after = both(shop, right / "checker.safetensors", texts)
-    verdicts = [correct(pictures, texts) for pictures in (before, after)]
-    gain = verdicts[1] - verdicts[0]
-    half = 1.96 * gain.std().item() / math.sqrt(COUNT)
+    texts, (before, after), verdicts = told(shop, right)
+    gain, half = interval(verdicts[1] - verdicts[0])
     return shop.result(
         "DPO: what a rule, or the checker, prefers",
         "From 160 pairs labelled by how much more red than blue they hold; and from the pictures of "
@@ -66,7 +64,7 @@ def dpo(shop: "Workshop") -> "Result":
         [
             Row("tuned preferred by the rule, held-out noises", wins.mean().item(), 0.7, chance=0.5),
             Row("two objects: everything right", verdicts[1].mean().item(), None, False, verdicts[0].mean().item()),
-            Row("gain", gain.mean().item(), half, unit="points"),
+            Row("gain", gain, half, unit="points"),
             Row("half of the gain's 95 % interval", half, unit="points"),
             Row("pictures generated", 2 * PAIRS, unit=""),
         ],
@@ -92,6 +90,18 @@ def both(shop: "Workshop", file, texts: list[str]) -> tuple[torch.Tensor, torch.
     tuned = judge.drawn(shop.base, texts, TRIED, **WAY)
     lora.detach(shop.base)
     return base / 2 + 0.5, tuned / 2 + 0.5
+
+
+def told(shop: "Workshop", run: Path) -> tuple[list[str], tuple[torch.Tensor, torch.Tensor], list[torch.Tensor]]:
+    """The prompts that all are judged on, their pictures untuned and tuned by a run, and which of these are right [n]."""
+    texts = of_world((2,), COUNT, SEED, held_out=True)
+    drawn = both(shop, run / f"{run.name}.safetensors", texts)
+    return texts, drawn, [correct(pictures, texts) for pictures in drawn]
+
+
+def interval(differences: torch.Tensor) -> tuple[float, float]:
+    """The mean of differences [n], and what is to be added on both sides for 95 %."""
+    return differences.mean().item(), 1.96 * differences.std().item() / math.sqrt(len(differences))
 
 
 def correct(pictures: torch.Tensor, texts: list[str]) -> torch.Tensor:
